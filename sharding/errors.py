@@ -1,0 +1,39 @@
+"""The four kinds of errors of the project, in one place.
+
+* ``UserError``: a mistake the user can mend (bad configuration, missing file, wrong key). Its text is one clear
+  line; the command line prints that line and exits with 2.
+* ``StorageFault``: a fault of the network or the store that outlasted every retry.
+* ``BadData`` / ``BadDataLimit``: one sample or shard that cannot be used; too many of them.
+* Everything else is a bug and is raised at once, as it is.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line that names the field or the path, and what would be right."""
+
+
+class StorageFault(OSError):
+    """A transient storage fault that was still there after the last retry. The message names the url."""
+
+
+class BadData(Exception):  # noqa: N818 - a kind of data, counted by cause rather than reported as an error
+    """One sample (or shard) that cannot be used.
+
+    Args:
+        cause: a short slug under which the case is counted, e.g. ``"crc-mismatch"``.
+        detail: one line that names the shard and key, or the file, and what is wrong with it.
+    """
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(cause, detail)  # both in args, so that it survives pickling between processes
+        self.cause = cause
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.detail}"
+
+
+class BadDataLimit(RuntimeError):
+    """More bad data than the configured limit allows: the work stops. The message gives the counts by cause."""
