@@ -1,0 +1,93 @@
+"""The Parquet index beside each shard: where each member lies in the tar, and what the sample is.
+
+With it a sample is one range read, and a plan over the dataset needs no tar. One row a sample, in the order of
+the tar. Offsets are those of a member's *data* (its 512-byte header lies before); the members of one key are
+contiguous, so that one read from the smallest offset to the largest end has all of them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("extension", pa.string(), nullable=False),  # of the media member, without the dot
+        pa.field("media_offset", pa.int64(), nullable=False),
+        pa.field("media_size", pa.int64(), nullable=False),
+        pa.field("text_offset", pa.int64(), nullable=False),
+        pa.field("text_size", pa.int64(), nullable=False),
+        pa.field("json_offset", pa.int64(), nullable=False),
+        pa.field("json_size", pa.int64(), nullable=False),
+        pa.field("crc32", pa.uint32(), nullable=False),  # of the media member
+        pa.field("width", pa.int32(), nullable=False),  # pixels, of the media as stored
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),  # 1 for an image
+        pa.field("duration", pa.float32(), nullable=False),  # seconds, 0 for an image
+        pa.field("caption_length", pa.int32(), nullable=False),  # characters of the first caption
+        pa.field("captions", pa.int32(), nullable=False),  # how many
+        pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes
+        pa.field("source", pa.string(), nullable=False),  # address the media came from
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """One row of the index; the fields are those of ``INDEX_SCHEMA``."""
+
+    key: str
+    extension: str
+    media_offset: int
+    media_size: int
+    text_offset: int
+    text_size: int
+    json_offset: int
+    json_size: int
+    crc32: int
+    width: int
+    height: int
+    frames: int
+    duration: float
+    caption_length: int
+    captions: int
+    sha256: str
+    source: str
+
+
+def index_table(rows: Sequence[IndexRow]) -> pa.Table:
+    """The rows as an Arrow table of ``INDEX_SCHEMA``."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=INDEX_SCHEMA)
+
+
+def write_index(index: pa.Table | Sequence[IndexRow]) -> bytes:
+    """The index as Parquet. The same rows give the same bytes."""
+    table = index if isinstance(index, pa.Table) else index_table(index)
+    sink = io.BytesIO()
+    pq.write_table(table.cast(INDEX_SCHEMA), sink, compression="zstd", version="2.6")
+    return sink.getvalue()
+
+
+def read_index(data: bytes) -> pa.Table:
+    """The index from its Parquet bytes.
+
+    Raises:
+        ValueError: it is not Parquet, or a column is missing or of another type.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowException as error:
+        raise ValueError(f"the index is not Parquet: {error}") from None
+    missing = [name for name in INDEX_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"the index has no column {', '.join(missing)}")
+    # Later versions may add columns (scores): those this version does not know are left out.
+    try:
+        return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(f"the index has a column of another type: {error}") from None

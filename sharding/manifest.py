@@ -1,0 +1,141 @@
+"""The manifest of a dataset: what its shards are, what was read, kept and dropped, and what made it.
+
+A dataset is a folder of the job's storage::
+
+    plan.json            how the input was cut into tasks, written before any work starts
+    plan/000000.parquet  the inputs of one task (one task makes at most one shard)
+    000000.tar           a plain WebDataset shard
+    000000.parquet       its index (sharding/index.py)
+    commits/000000.json  the commit record of a task: the shard exists when this does
+    manifest.json        written last: the dataset exists when this does
+
+Dropping samples later never rewrites a tar: ``dropped_keys`` is an overlay over the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from sharding.storage import Storage
+
+MANIFEST_PATH = "manifest.json"
+
+Modality = Literal["image", "video"]
+
+
+def canonical_digest(value: Any) -> str:
+    """sha256 (64 hex digits) of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ShardRecord(BaseModel):
+    """One shard: ``NAME.tar`` with ``samples`` samples, and its index ``NAME.parquet``. Sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    samples: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+    index_bytes: int = Field(gt=0)
+    index_sha256: str
+
+    @property
+    def tar(self) -> str:
+        """Path of the tar relative to the dataset."""
+        return f"{self.name}.tar"
+
+    @property
+    def index(self) -> str:
+        """Path of the Parquet index relative to the dataset."""
+        return f"{self.name}.parquet"
+
+
+class Counts(BaseModel):
+    """What happened to the inputs: ``read == kept + sum(dropped.values())``.
+
+    ``dropped`` counts samples by cause; ``captions_dropped`` the single captions that were left out of
+    samples which were kept for the sake of their other captions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = Field(default_factory=dict)
+    captions_dropped: dict[str, int] = Field(default_factory=dict)
+
+    def plus(self, other: Counts) -> Counts:
+        """The counts of both parts together, causes in alphabetical order."""
+        return Counts(
+            read=self.read + other.read,
+            kept=self.kept + other.kept,
+            dropped=_added(self.dropped, other.dropped),
+            captions_dropped=_added(self.captions_dropped, other.captions_dropped),
+        )
+
+
+def _added(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    return {cause: left.get(cause, 0) + right.get(cause, 0) for cause in sorted({*left, *right})}
+
+
+class Manifest(BaseModel):
+    """The whole dataset. ``source`` holds the url, the number of inputs and the digest of their listing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["glscl-dataset"] = "glscl-dataset"
+    version: Literal[1] = 1
+    name: str
+    modality: Modality
+    configuration: dict[str, Any]
+    configuration_digest: str
+    source: dict[str, Any]
+    shards: list[ShardRecord]
+    counts: Counts
+    dropped_keys: list[str] = Field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (64 hex digits) of the manifest's canonical JSON: names the dataset."""
+        return canonical_digest(self.model_dump(mode="json"))
+
+    @property
+    def samples(self) -> int:
+        """Samples in the shards (those of the ``dropped_keys`` overlay included: they keep their slots)."""
+        return sum(shard.samples for shard in self.shards)
+
+
+def load_manifest(dataset: Storage) -> Manifest:
+    """The manifest of the dataset in this folder.
+
+    Raises:
+        UserError: there is none, or it is not one this version can read; the message names the url.
+    """
+    url = dataset.url_of(MANIFEST_PATH)
+    try:
+        value = dataset.read_json(MANIFEST_PATH)
+    except FileNotFoundError:
+        raise UserError(
+            f"no dataset at {dataset.url}: it has no {MANIFEST_PATH} (was `glscl prepare` finished?)"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url} is not JSON ({error}): prepare the dataset again") from None
+    if isinstance(value, dict) and value.get("format") == "glscl-dataset" and value.get("version") != 1:
+        raise UserError(f"{url} has version {value.get('version')!r}; this program reads version 1")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UserError(f"{url} is not a dataset manifest: {field}: {first['msg']}") from None
