@@ -1,7 +1,7 @@
 """The four kinds of errors of the project, in one place.
 
-* ``UserError``: a mistake the user can mend (bad configuration, missing file, wrong key). Its text is one clear
-  line; the command line prints that line and exits with 2.
+* ``UserError``: a mistake the user can mend (bad configuration, missing file, wrong key). Its text is one
+  clear line; the command line prints that line and exits with 2.
 * ``StorageFault``: a fault of the network or the store that outlasted every retry.
 * ``BadData`` / ``BadDataLimit``: one sample or shard that cannot be used; too many of them.
 * Everything else is a bug and is raised at once, as it is.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake of the user's. The message is one line that names the field or the path, and what would be right."""
+    """A mistake of the user's. The message: one line, naming the field or path and what would be right."""
 
 
 class StorageFault(OSError):
     """A transient storage fault that was still there after the last retry. The message names the url."""
 
 
-class BadData(Exception):  # noqa: N818 - a kind of data, counted by cause rather than reported as an error
+class BadData(Exception):
     """One sample (or shard) that cannot be used.
 
     Args:
@@ -36,4 +36,4 @@ class BadData(Exception):  # noqa: N818 - a kind of data, counted by cause rathe
 
 
 class BadDataLimit(RuntimeError):
-    """More bad data than the configured limit allows: the work stops. The message gives the counts by cause."""
+    """More bad data than the configured limit allows: work stops. The message gives the counts by cause."""

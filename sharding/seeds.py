@@ -1,7 +1,7 @@
 """Seeds of every random draw in the project, derived from the one seed of the run.
 
-A draw is named (``"shards"``, ``"augment"``...) and keyed (epoch, sample...), never taken from a shared stream: so it
-is the same whatever ran before it, on whichever worker, and after any number of restarts.
+A draw is named (``"shards"``, ``"augment"``...) and keyed (epoch, sample...), never taken from a shared
+stream: so it is the same whatever ran before it, on whichever worker, and after any number of restarts.
 """
 
 from __future__ import annotations

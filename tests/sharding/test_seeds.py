@@ -20,8 +20,8 @@ def test_a_seed_fits_a_signed_64_bit_integer():
 
 def test_every_argument_changes_the_seed_and_none_run_together():
     calls = [
-        (1, "a"), (2, "a"), (1, "b"), (1, "a", 1), (1, "a", "1"), (1, "a", 1, 1), (1, "a", 11), (1, "ab", "c"),
-        (1, "a", "bc"), (1, "a", "", "bc"), (1, "a", "bc", ""), (-1, "a"),
+        (1, "a"), (2, "a"), (1, "b"), (1, "a", 1), (1, "a", "1"), (1, "a", 1, 1), (1, "a", 11),
+        (1, "ab", "c"), (1, "a", "bc"), (1, "a", "", "bc"), (1, "a", "bc", ""), (-1, "a"),
     ]  # fmt: skip
     assert len({derive_seed(*call) for call in calls}) == len(calls)
 

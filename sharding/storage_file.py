@@ -1,0 +1,236 @@
+"""Storage on a folder of this machine (or one mounted on it)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sharding.errors import StorageFault, UserError
+
+if TYPE_CHECKING:
+    from sharding.storage import FileState
+
+_TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".glscl-", ".part"
+_COPY_BLOCK = 4 << 20
+# A file system without hard links (some network and FUSE mounts) answers a link with one of these.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that ``write_file`` gives while writing."""
+    return name.startswith(_TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
+
+
+@contextlib.contextmanager
+def temporary_file(target: Path) -> Iterator[Path]:
+    """A fresh name in the folder of ``target``, which is made; whatever is at the name afterwards is removed."""
+    temporary = target.parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """OSErrors of the system (disk full, not permitted), with the path that was to be written in the message."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {target}: {error.strerror}") from None
+
+
+def _write_blocks(path: Path, blocks: Iterable[bytes], target: Path) -> None:
+    """Write a new file and wait until it is on the disk. Errors name ``target``; those of ``blocks`` pass as is."""
+    with _writing(target):
+        file = path.open("xb", buffering=0)
+    with file:
+        for block in blocks:
+            view = memoryview(block)
+            while view:
+                with _writing(target):
+                    view = view[file.write(view) :]
+        with _writing(target):
+            os.fsync(file.fileno())
+
+
+def write_file(target: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file whole or not at all: temporary name in the same folder, flush to disk, rename.
+
+    ``blocks`` may raise to reject what it yielded: then the target is left as it was.
+    """
+    with temporary_file(target) as temporary:
+        _write_blocks(temporary, blocks, target)
+        with _writing(target):
+            os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class FileBackend:
+    """A folder. See ``sharding.storage.Backend``."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def url_of(self, path: str) -> str:
+        return (self._root / path).as_uri()
+
+    def at(self, path: str) -> FileBackend:
+        return FileBackend(self._root / path)
+
+    def local_path(self, path: str) -> Path:
+        return self._root / path
+
+    def check(self, *, write: bool) -> None:
+        try:
+            if write:
+                # A name of its own, so that two jobs that start at once do not meet.
+                probe = self._root / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+                self._root.mkdir(parents=True, exist_ok=True)
+                probe.write_bytes(b"")
+                probe.unlink()
+            else:
+                next(iter(os.scandir(self._root)), None)
+        except FileNotFoundError:
+            raise UserError(f"{self.url_of('')} does not exist") from None
+        except (NotADirectoryError, FileExistsError):
+            raise UserError(f"{self.url_of('')} is not a folder") from None
+        except OSError as error:
+            verb = "written" if write else "read"
+            raise UserError(f"{self.url_of('')} cannot be {verb}: {error.strerror}") from None
+
+    def state(self, path: str) -> FileState:
+        from sharding.storage import FileState
+
+        with self._named(path):
+            status = os.stat(self._root / path)
+            if not os.path.isfile(self._root / path):
+                raise FileNotFoundError(errno.ENOENT, "is not a file")
+        return FileState(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}")
+
+    def iterate(self, prefix: str) -> Iterator[tuple[str, int]]:
+        start = self._root / prefix
+        if start.is_dir():
+            yield from self._walk(start, f"{prefix}/" if prefix else "", ())
+
+    def _walk(
+        self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[str, int]]:
+        try:
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                return  # a symbolic link to a folder that holds it
+            with os.scandir(folder) as scan:
+                entries = [
+                    (entry.name, entry.is_dir(), entry) for entry in scan if not is_temporary(entry.name)
+                ]
+        except FileNotFoundError:
+            return  # removed meanwhile
+        # A folder sorts as "name/", which makes the whole walk sorted by full path, as S3 lists.
+        for name, is_folder, entry in sorted(entries, key=lambda item: item[0] + "/" * item[1]):
+            if is_folder:
+                yield from self._walk(folder / name, f"{prefix}{name}/", (*above, here))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file():
+                        yield f"{prefix}{name}", entry.stat().st_size
+
+    def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:
+        with self._named(path):
+            descriptor = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                end = os.fstat(descriptor).st_size if length is None else offset + length
+                parts = []
+                while offset < end:
+                    part = os.pread(descriptor, end - offset, offset)  # at most 2 GiB at a time
+                    if not part:
+                        break
+                    parts.append(part)
+                    offset += len(part)
+            finally:
+                os.close(descriptor)
+        if version is not None and self.state(path).version != version:
+            raise StorageFault(f"{self.url_of(path)} was replaced while it was read")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(self, path: str, data: bytes) -> None:
+        write_file(self._root / path, (data,))
+
+    def create(self, path: str, data: bytes) -> bool:
+        target = self._root / path
+        with temporary_file(target) as temporary:
+            _write_blocks(temporary, (data,), target)
+            try:
+                # Unlike O_EXCL followed by a write, a link shows the file with all its content at once.
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
+                try:
+                    _write_blocks(target, (data,), target)
+                except FileExistsError:
+                    return False
+        _sync_folder(target.parent)
+        return True
+
+    def upload(self, source: Path, path: str) -> tuple[int, str]:
+        digest, size = hashlib.sha256(), 0
+
+        def blocks() -> Iterator[bytes]:
+            nonlocal size
+            while block := file.read(_COPY_BLOCK):
+                digest.update(block)
+                size += len(block)
+                yield block
+            if size != os.fstat(file.fileno()).st_size:
+                raise StorageFault(f"{source} changed while it was copied to {self.url_of(path)}")
+
+        with source.open("rb") as file:
+            write_file(self._root / path, blocks())
+        if self.state(path).size != size:
+            raise StorageFault(f"{self.url_of(path)} was replaced by another writer during the upload")
+        return size, digest.hexdigest()
+
+    def delete(self, path: str) -> None:
+        with self._named(path), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._root / path)
+
+    def delete_tree(self, path: str) -> None:
+        with self._named(path), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._root / path)
+
+    @contextlib.contextmanager
+    def _named(self, path: str) -> Iterator[None]:
+        """OSErrors of the system, with the full url in the message."""
+        url = self.url_of(path)
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(errno.ENOENT, "no such file", url) from None
+        except IsADirectoryError:
+            raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", url) from None
+        except OSError as error:
+            raise type(error)(error.errno, f"{url}: {error.strerror}") from None
