@@ -1,8 +1,8 @@
 """The Parquet index beside each shard: where each member lies in the tar, and what the sample is.
 
-With it a sample is one range read, and a plan over the dataset needs no tar. One row a sample, in the order of
-the tar. Offsets are those of a member's *data* (its 512-byte header lies before); the members of one key are
-contiguous, so that one read from the smallest offset to the largest end has all of them.
+With it a sample is one range read, and a plan over the dataset needs no tar. One row a sample, in the order
+of the tar. Offsets are those of a member's *data* (its 512-byte header lies before); the members of one key
+are contiguous, so that one read from the smallest offset to the largest end has all of them.
 """
 
 from __future__ import annotations
