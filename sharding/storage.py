@@ -2,16 +2,17 @@
 
 What every other module may rely on, on both kinds:
 
-* A file is there whole or not at all: writes go to a temporary name and are renamed (``file://``) or are one PUT or
-  one completed multipart upload (``s3://``). Temporary names are never listed.
-* Every call ends: connecting and reading have time-outs, transient faults are retried with exponential backoff and
-  reads go on by range from where they broke.
-* Errors are of four kinds: ``FileNotFoundError`` with the full url; ``UserError`` for what the user can mend (bucket,
-  credentials, endpoint); ``StorageFault`` when retries are used up; ``BadData`` when bytes are not those expected.
+* A file is there whole or not at all: writes go to a temporary name and are renamed (``file://``) or are one
+  PUT or one completed multipart upload (``s3://``). Temporary names are never listed.
+* Every call ends: connecting and reading have time-outs, transient faults are retried with exponential
+  backoff and reads go on by range from where they broke.
+* Errors are of four kinds: ``FileNotFoundError`` with the full url; ``UserError`` for what the user can mend
+  (bucket, credentials, endpoint); ``StorageFault`` when retries are used up; ``BadData`` when bytes are not
+  those expected.
 * Credentials appear in no url, repr, log or error.
 
-A ``Storage`` holds configuration only; the S3 client is made on first use in each process, so that it may be pickled
-to Ray tasks and loader processes (s3fs must not be used across a fork), and used from many threads.
+A ``Storage`` holds configuration only; the S3 client is made on first use in each process, so that it may be
+pickled to Ray tasks and loader processes (s3fs must not be used across a fork), and used from many threads.
 """
 
 from __future__ import annotations
@@ -66,17 +67,17 @@ class StorageConfig(BaseModel):
 
     url: str = Field(description="file:///folder, a folder path, or s3://bucket/prefix")
     endpoint_url: str | None = Field(
-        None, description="S3 endpoint; default: AWS_ENDPOINT_URL[_S3], then AWS"
+        default=None, description="S3 endpoint; default: AWS_ENDPOINT_URL[_S3], then AWS"
     )
-    region: str | None = Field(None, description="default: AWS_REGION, AWS_DEFAULT_REGION, AWS profile")
+    region: str | None = Field(default=None, description="default: AWS_REGION, or the AWS profile")
     access_key: SecretStr | None = Field(
-        None, description="default: AWS_ACCESS_KEY_ID, profile, instance role"
+        default=None, description="default: AWS_ACCESS_KEY_ID, profile, instance role"
     )
-    secret_key: SecretStr | None = Field(None, description="default: AWS_SECRET_ACCESS_KEY, ...")
-    anonymous: bool = Field(False, description="read a public bucket without credentials")
-    connect_timeout_s: float = Field(10, gt=0)
-    read_timeout_s: float = Field(60, gt=0, description="longest silence of the server")
-    attempts: int = Field(5, ge=1, description="tries of a request that fails by a transient fault")
+    secret_key: SecretStr | None = Field(default=None, description="default: AWS_SECRET_ACCESS_KEY, ...")
+    anonymous: bool = Field(default=False, description="read a public bucket without credentials")
+    connect_timeout_s: float = Field(default=10, gt=0)
+    read_timeout_s: float = Field(default=60, gt=0, description="longest silence of the server")
+    attempts: int = Field(default=5, ge=1, description="tries of a request that fails by a transient fault")
 
     @field_validator("url")
     @classmethod
@@ -107,7 +108,7 @@ class StorageConfig(BaseModel):
 
 
 class Backend(Protocol):
-    """What one kind of storage implements. Paths are clean, relative to the root; ``""`` is the root itself."""
+    """What one kind of storage implements. Paths are clean and relative; ``""`` is the root."""
 
     def url_of(self, path: str) -> str: ...
     def at(self, path: str) -> Backend: ...
@@ -124,7 +125,7 @@ class Backend(Protocol):
 
 
 class Storage:
-    """A tree of files under one url. Paths are relative to it, with ``/``, and may not leave it (ValueError)."""
+    """A tree of files under one url. Paths are relative to it, with ``/``, and may not leave it."""
 
     def __init__(self, config: StorageConfig, _backend: Backend | None = None) -> None:
         self.config = config
@@ -185,7 +186,8 @@ class Storage:
         return self._backend.state(_clean(path)).size
 
     def list(self, prefix: str = "") -> Iterator[StoredFile]:
-        """All files in the folder ``prefix`` and below, sorted by path (code points); none if there is no such folder.
+        """All files in the folder ``prefix`` and below, sorted by path (code points); none if there is no
+        such folder.
 
         Streams: holds one folder (file://) or one page (s3://) at a time.
         """
@@ -211,7 +213,7 @@ class Storage:
             raise BadData("bad-json", f"{self.url_of(path)} is not valid JSON ({error})") from None
 
     def write_json(self, path: str, value: Any) -> None:
-        """Write canonical JSON: sorted keys, UTF-8, newline at the end, so that equal values are equal bytes."""
+        """Write canonical JSON (sorted keys, UTF-8, newline at the end): equal values are equal bytes."""
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2, allow_nan=False)
         self.write_bytes(path, text.encode("utf-8") + b"\n")
 
@@ -222,12 +224,14 @@ class Storage:
     def download(
         self, path: str, destination: Path, *, size: int | None = None, sha256: str | None = None
     ) -> None:
-        """Copy a file to this machine: temporary name, verify, rename. Nothing else is ever seen at ``destination``.
+        """Copy a file to this machine: temporary name, verify, rename. Nothing else is ever seen at
+        ``destination``.
 
         Raises:
-            BadData: ``size-mismatch`` or ``sha256-mismatch`` when the stored bytes are not those expected (a sha256
-                is tried twice, lest a fault of the network condemns a good file).
-            FileNotFoundError, StorageFault, OSError: missing; unreachable; not writable or disk full (names the path).
+            BadData: ``size-mismatch`` or ``sha256-mismatch`` when the stored bytes are not those expected (a
+                sha256 is tried twice, lest a fault of the network condemns a good file).
+            FileNotFoundError, StorageFault, OSError: missing; unreachable; not writable or disk full (names
+                the path).
         """
         path = _clean(path)
         url = self._backend.url_of(path)
@@ -260,7 +264,9 @@ class Storage:
                     raise
 
     def upload(self, source: Path, path: str) -> Uploaded:
-        """Copy a local file into the storage and verify the stored size; the sha256 is of the bytes that were sent."""
+        """Copy a local file into the storage and verify the stored size; the sha256 is of the bytes that were
+        sent.
+        """
         return Uploaded(*self._backend.upload(source, _clean_file(path)))
 
     def open(self, path: str) -> BinaryIO:
@@ -317,7 +323,9 @@ def open_storage(url_or_config: str | Path | StorageConfig) -> Storage:
 
 
 def normalise_url(url: str) -> str:
-    """``file:///absolute/path`` or ``s3://bucket/prefix``, without trailing slash. UserError for anything else."""
+    """``file:///absolute/path`` or ``s3://bucket/prefix``, without trailing slash. UserError for anything
+    else.
+    """
     if not url.strip() or "\0" in url:
         raise UserError("the storage url is empty: give a folder, file:///folder or s3://bucket/prefix")
     scheme, separator, rest = url.partition("://")

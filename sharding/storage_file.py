@@ -30,7 +30,7 @@ def is_temporary(name: str) -> bool:
 
 @contextlib.contextmanager
 def temporary_file(target: Path) -> Iterator[Path]:
-    """A fresh name in the folder of ``target``, which is made; whatever is at the name afterwards is removed."""
+    """A fresh name in the folder of ``target`` (made if need be); what is at it afterwards is removed."""
     temporary = target.parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def temporary_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """OSErrors of the system (disk full, not permitted), with the path that was to be written in the message."""
+    """OSErrors of the system (disk full, not permitted), naming the path that was to be written."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,9 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _write_blocks(path: Path, blocks: Iterable[bytes], target: Path) -> None:
-    """Write a new file and wait until it is on the disk. Errors name ``target``; those of ``blocks`` pass as is."""
+    """Write a new file and wait until it is on the disk. Errors name ``target``; those of ``blocks`` pass as
+    is.
+    """
     with _writing(target):
         file = path.open("xb", buffering=0)
     with file:
