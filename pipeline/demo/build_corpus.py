@@ -8,7 +8,6 @@
 """
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -117,7 +115,7 @@ def bundle(corpus: Path, folder: Path | None) -> None:
             word = _word(words, stem)
             stills[stem] = emoji_media.shrink(data, STILL_SIDE, STILL_QUALITY)
             if word.code == word.base and word.code not in signatures:
-                with Image.open(io.BytesIO(data)) as image:
+                with emoji_media.open_picture(data) as image:
                     signatures[word.code] = emoji_media.signature(image)
     clips: dict[str, bytes] = {}
     with _pictures(BUNDLED_ANIMATIONS, folder) as pictures:
@@ -224,10 +222,15 @@ def fetch_stamps(storage: Storage, folder: Path | None) -> None:
     target = _Target(storage, "stamps/")
     rows = []
     with packages.debian_package(STAMPS, folder) as package:
-        texts = dict(packages.debian_members(package, rf"(\./)?{_STAMP_FOLDER}.*\.txt"))
-        captions = {name.removesuffix(".txt"): _first_line(text) for name, text in texts.items()}
+        captions: dict[str, str] = {}
+        total = 0
+        for name, text in packages.debian_members(package, rf"(\./)?{_STAMP_FOLDER}.*\.(txt|png|svg)"):
+            if name.endswith(".txt"):
+                captions[name.removesuffix(".txt")] = _first_line(text)
+            else:
+                total += 1
         pictures = packages.debian_members(package, rf"(\./)?{_STAMP_FOLDER}.*\.(png|svg)")
-        for name, data in _track(pictures, len(captions), STAMPS):
+        for name, data in _track(pictures, total, STAMPS):
             path = "stamps/" + name[name.index(_STAMP_FOLDER) + len(_STAMP_FOLDER) :]
             caption = captions.get(name.rsplit(".", 1)[0], "")
             if "/symbols/alphabets/" in name:

@@ -12,11 +12,22 @@ _SIGNATURE_SIDE = 32
 # "man farmer", which are one drawing; above it come faces that differ in the mouth.
 _LOOKS_THE_SAME = 2.0
 _STANDS_STILL = 0.5
+_LONGEST_SIDE = 4096
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """An image whose header promises a sane size (nothing is decoded yet). ValueError when it does not."""
+    image = Image.open(io.BytesIO(data))
+    if max(image.size) > _LONGEST_SIDE:
+        raise ValueError(
+            f"a picture of {image.width}x{image.height} pixels: no side may be over {_LONGEST_SIDE}"
+        )
+    return image
 
 
 def shrink(data: bytes, side: int, quality: int) -> bytes:
     """A WebP with alpha whose longer side is `side` pixels, from an image of any format."""
-    with Image.open(io.BytesIO(data)) as source:
+    with open_picture(data) as source:
         # Premultiplied: otherwise the colour under transparent pixels bleeds into the edges of the cut-out.
         image = source.convert("RGBA").convert("RGBa")
     scale = side / max(image.size)
@@ -58,7 +69,7 @@ def animation_frames(data: bytes, side: int, fps: int) -> list[np.ndarray]:
     frames: list[np.ndarray] = []
     ends: list[float] = []
     now = 0.0
-    with Image.open(io.BytesIO(data)) as animation:
+    with open_picture(data) as animation:
         for index in range(getattr(animation, "n_frames", 1)):
             animation.seek(index)
             frame = on_white(animation).resize((side, side), Image.Resampling.LANCZOS)

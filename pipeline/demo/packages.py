@@ -52,7 +52,7 @@ def _run(command: list[str], folder: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def npm_tarball(package: NpmPackage, packages: Path | None) -> Iterator[Path]:
-    """The package's tarball: from the folder `packages`, or from the registry for as long as the block runs."""
+    """The tarball: from the folder `packages`, or from the registry for as long as the block runs."""
     if packages is not None:
         path = packages / package.tarball
         if not path.is_file():
