@@ -1,0 +1,1 @@
+"""The training run: batches, schedule, loop, checkpoints, health. ``loop.train`` is what each worker runs."""

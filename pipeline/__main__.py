@@ -1,0 +1,5 @@
+"""``python -m pipeline`` is ``glscl``."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""The ``glscl`` command. Each verb parses its arguments and hands over; what it does lives in the module it calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+if TYPE_CHECKING:
+    from pipeline.config import JobConfig
+
+app = typer.Typer(
+    name="glscl",
+    help="Pre-train GLSCL: raw corpus -> shards -> DeepSpeed training -> evaluated checkpoints, tracked in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="JOB.yaml", show_default=False)]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", help="Override a field, e.g. `train.stages.0.steps=100`. May be repeated.", show_default=False),
+]
+Address = Annotated[
+    str, typer.Option(help="Address of the cluster's job server (Ray's dashboard), e.g. `http://127.0.0.1:8265`.")
+]
+JobId = Annotated[str, typer.Argument(help="The id that `glscl submit` printed.", metavar="ID")]
+
+DEFAULT_ADDRESS = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo lives.")] = Path("glscl-demo"),
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Object storage, e.g. `s3://bucket/prefix`. Default: a folder inside the demo's.", show_default=False),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """The main job on a small real corpus (3D emoji), on this machine, in under ten minutes.
+
+    Example: `glscl demo --storage s3://my-bucket/demo`
+    """
+    from pipeline.demo.run import run_demo
+
+    run_demo(folder, storage, overrides, console())
+
+
+@app.command()
+def prepare(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Turn the raw corpora of a job into training shards.
+
+    Example: `glscl prepare job.yaml --set storage.url=s3://bucket/prefix`
+    """
+    from pipeline.job import prepare_job
+
+    prepare_job(_load(job, overrides), console())
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Prepare, train and evaluate in one go; goes on by itself where an interrupted run stopped.
+
+    Example: `glscl run job.yaml --set train.workers=8`
+    """
+    from pipeline.job import run_job
+
+    run_job(_load(job, overrides), console())
+
+
+@app.command()
+def evaluate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Evaluate the checkpoints of a job's run that are not evaluated yet.
+
+    Example: `glscl evaluate job.yaml --set evaluate.concurrent=4`
+    """
+    from pipeline.job import evaluate_job
+
+    evaluate_job(_load(job, overrides), console())
+
+
+@app.command()
+def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a job's file as a whole, without starting anything.
+
+    Example: `glscl validate job.yaml`
+    """
+    config = _load(job, overrides)
+    stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
+    console().print(
+        f"{job} is valid: job '{config.name}', {len(config.datasets)} datasets, stages {stages}, "
+        f"{config.train.workers} workers, ZeRO stage {config.train.zero_stage}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    address: Address = DEFAULT_ADDRESS,
+    job_id: Annotated[str | None, typer.Option("--id", help="The job's id; default: made by Ray.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Send a job to a running Ray cluster, with the code and its environment.
+
+    Example: `glscl submit job.yaml --address http://head:8265`
+    """
+    from cluster import jobs
+
+    config = _load(job, overrides)
+    submitted = jobs.submit(job, address, job_id=job_id, overrides=overrides, environment=config.cluster.environment)
+    out = console()
+    out.print(f"submitted as {submitted}", highlight=False)
+    out.print(f"  glscl status {submitted} --address {address}", highlight=False, soft_wrap=True)
+    out.print(f"  glscl logs -f {submitted} --address {address}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
+    """Say how a submitted job is doing.
+
+    Example: `glscl status raysubmit_x --address http://head:8265`
+    """
+    from cluster import jobs
+
+    console().print(jobs.status(address, job_id), highlight=False, markup=False)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Print the output of a submitted job.
+
+    Example: `glscl logs -f raysubmit_x --address http://head:8265`
+    """
+    from cluster import jobs
+
+    for text in jobs.logs(address, job_id, follow=follow):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@app.command()
+def stop(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
+    """Stop a submitted job; its run can be continued by submitting it again.
+
+    Example: `glscl stop raysubmit_x --address http://head:8265`
+    """
+    from cluster import jobs
+
+    jobs.stop(address, job_id)
+    console().print(f"{job_id} stopped", highlight=False)
+
+
+def console() -> Console:
+    """Where people read: standard output; 100 columns where it is no terminal, so that tables do not fold."""
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else max(100, int(os.environ.get("COLUMNS", "100"))))
+
+
+def _load(path: Path, overrides: list[str]) -> JobConfig:
+    from pipeline.config import load_job
+
+    return load_job(path, overrides)
+
+
+def main() -> None:
+    """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
+    from cluster.errors import ClusterError
+    from sharding.errors import BadDataLimit, StorageFault, UserError
+
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, markup=False)],
+    )
+    for room in ("pipeline", "sharding", "cluster", "model"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    try:
+        app()
+    except (UserError, ClusterError) as error:
+        _fail(str(error), 2)
+    except (BadDataLimit, StorageFault) as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.splitlines():
+        sys.stderr.write(f"error: {line}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

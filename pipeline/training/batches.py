@@ -1,0 +1,287 @@
+"""Which samples make up which batch, and how they become tensors in the loader processes.
+
+Everything is a function of (manifest digests, run seed, stage, step): the loader's state is the step. A global
+batch of G samples is A contrastive batches of C = G/A; each of the L lanes gives C/L consecutive samples (a
+*group*) to a contrastive batch, and each worker holds a contiguous slice of the lanes::
+
+    global batch   lane 0: a0 a0 a1 a1   lane 1: a0 a0 a1 a1   ...      A = 2, C/L = 2
+    worker 0, accumulation step 0:  lane 0's a0 a0 | lane 1's a0 a0 | ...   each | a group
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from model import GLSCLConfig, GLSCLProcessor, PretrainingMasks, draw_masks
+from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
+from sharding.errors import BadData
+from sharding.media import decode_image, decode_video
+from sharding.order import EpochOrder, batch_slots, epoch_order, steps_per_epoch
+from sharding.reader import RawSample, ShardReader
+from sharding.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a batch: where its sample lies, or ``row`` -1 for the empty slots at an epoch's end."""
+
+    dataset: str
+    shard: int
+    row: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample; an unreadable one keeps its slot with ``valid`` False and the ``cause``."""
+
+    key: str
+    pixels: torch.Tensor  # uint8 [F, 3, H, W]
+    caption: str
+    seed: int
+    valid: bool
+    cause: str | None = None
+
+
+@dataclass
+class Batch:
+    """One worker's part of a contrastive batch: B samples, T text tokens, F frames."""
+
+    input_ids: torch.Tensor  # int64 [B, T]
+    attention_mask: torch.Tensor  # int64 [B, T]
+    pixel_values: torch.Tensor  # uint8 [B, F, 3, H, W]
+    masks: PretrainingMasks
+    valid: torch.Tensor  # bool [B]
+    keys: list[str]
+    bad: Counter[str]  # unreadable samples by cause (empty slots are not bad)
+    group_size: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return Batch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=self.attention_mask.to(device, non_blocking=True),
+            pixel_values=self.pixel_values.to(device, non_blocking=True),
+            masks=self.masks.to(device),
+            valid=self.valid.to(device, non_blocking=True),
+            keys=self.keys,
+            bad=self.bad,
+            group_size=self.group_size,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, so that :meth:`to` overlaps with computing (the DataLoader calls this)."""
+        return Batch(
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            pixel_values=self.pixel_values.pin_memory(),
+            masks=self.masks.pin_memory(),
+            valid=self.valid.pin_memory(),
+            keys=self.keys,
+            bad=self.bad,
+            group_size=self.group_size,
+        )
+
+
+def draw_mixture(seed: int, stage: str, steps: int, mixture: dict[str, float]) -> list[str]:
+    """The dataset of each of a stage's steps, drawn by the mixture's weights; the same on every worker."""
+    names = sorted(mixture)
+    weights = np.array([mixture[name] for name in names], dtype=np.float64)
+    generator = np.random.Generator(np.random.Philox(key=derive_seed(seed, "mixture", stage)))
+    picks = generator.choice(len(names), size=steps, p=weights / weights.sum())
+    return [names[pick] for pick in picks]
+
+
+class StageSampler(Sampler[list[Slot]]):
+    """The slots of one worker's batches, from ``start_step`` to the stage's end, ``accumulation`` lists a step."""
+
+    def __init__(
+        self,
+        stage: StageBlock,
+        train: TrainBlock,
+        readers: dict[str, ShardReader],
+        *,
+        seed: int,
+        start_step: int,
+        worker: int,
+        workers: int,
+    ) -> None:
+        self._stage, self._train, self._readers = stage, train, readers
+        self._seed, self._start_step, self._worker, self._workers = seed, start_step, worker, workers
+        self._global_batch = stage.global_batch or train.global_batch
+        self._datasets = draw_mixture(seed, stage.name, stage.steps, stage.mixture)
+
+    @property
+    def group_size(self) -> int:
+        """Samples that one lane gives to one contrastive batch."""
+        return self._global_batch // (self._train.lanes * self._train.accumulation)
+
+    def __len__(self) -> int:
+        return (self._stage.steps - self._start_step) * self._train.accumulation
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        taken = Counter(self._datasets[: self._start_step])
+        orders: dict[str, EpochOrder] = {}
+        epochs: dict[str, int] = {}
+        for step in range(self._start_step, self._stage.steps):
+            name = self._datasets[step]
+            manifest = self._readers[name].manifest
+            per_epoch = steps_per_epoch(manifest.samples, self._train.lanes, self._global_batch)
+            epoch, position = divmod(taken[name], per_epoch)
+            taken[name] += 1
+            if epochs.get(name) != epoch:
+                orders[name] = self._order(name, epoch)
+                epochs[name] = epoch
+            slots = batch_slots(orders[name], position, self._global_batch, self._worker, self._workers)
+            yield from self._contrastive_batches(name, epoch, slots)
+
+    def _order(self, name: str, epoch: int) -> EpochOrder:
+        manifest = self._readers[name].manifest
+        return epoch_order(
+            manifest.digest,
+            derive_seed(self._seed, "order", self._stage.name),
+            epoch,
+            [shard.samples for shard in manifest.shards],
+            self._train.lanes,
+            self._train.shuffle_window,
+        )
+
+    def _contrastive_batches(self, name: str, epoch: int, slots: np.ndarray) -> Iterator[list[Slot]]:
+        lanes = self._train.lanes // self._workers
+        by_step = slots.reshape(lanes, self._train.accumulation, self.group_size, 2).swapaxes(0, 1)
+        for part in by_step:
+            yield [Slot(name, int(shard), int(row), epoch) for shard, row in part.reshape(-1, 2)]
+
+
+class StageDataset(Dataset[Sample]):
+    """Samples by slot: read, decode, augment. Lives in the loader processes; holds no state between samples."""
+
+    def __init__(
+        self, readers: dict[str, ShardReader], stage: StageBlock, *, image_size: int, seed: int
+    ) -> None:
+        self._readers, self._stage, self._seed = readers, stage, seed
+        self._size = stage.resolution or image_size
+        self._transform = training_transform(stage.augmentation, self._size)
+
+    def __getitem__(self, slot: Slot) -> Sample:
+        if slot.row < 0:
+            return self._masked(slot, "", None)
+        key = ""
+        try:
+            raw = self._readers[slot.dataset].read(slot.shard, slot.row)
+            key = raw.key
+            return self._decoded(slot, raw)
+        except BadData as error:
+            return self._masked(slot, key or f"shard {slot.shard}, row {slot.row}", error.cause)
+
+    def _decoded(self, slot: Slot, raw: RawSample) -> Sample:
+        seed = derive_seed(self._seed, "sample", self._stage.name, slot.epoch, raw.key)
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        caption = raw.captions[int(generator.integers(len(raw.captions)))]
+        if self._readers[slot.dataset].manifest.modality == "image":
+            frames = decode_image(raw.media)[None]
+        else:
+            positions = generator.random(self._stage.frames).tolist()
+            frames = decode_video(raw.media, self._stage.frames, positions)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        # torchvision draws from torch's global generator; a fork seeded per sample keeps the draw the sample's own.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "augmentation"))
+            pixels = self._transform(pixels)
+        return Sample(raw.key, pixels.contiguous(), caption, seed, valid=True)
+
+    def _masked(self, slot: Slot, key: str, cause: str | None) -> Sample:
+        frames = 1 if self._readers[slot.dataset].manifest.modality == "image" else self._stage.frames
+        pixels = torch.zeros(frames, 3, self._size, self._size, dtype=torch.uint8)
+        return Sample(key, pixels, "", seed=0, valid=False, cause=cause)
+
+
+def training_transform(augmentation: AugmentationBlock, size: int) -> v2.Transform:
+    """uint8 [F, 3, H, W] -> uint8 [F, 3, size, size]; all frames of a clip get the same draw."""
+    steps: list[v2.Transform] = []
+    if augmentation.crop < 1.0:
+        interpolation = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandomResizedCrop(size, scale=(augmentation.crop, 1.0), interpolation=interpolation, antialias=True))
+    else:
+        steps += [v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
+    if augmentation.flip > 0.0:
+        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
+    if augmentation.rand_augment:
+        steps.append(v2.RandAugment(2, 9))
+    return v2.Compose(steps)
+
+
+class Collator:
+    """Samples -> :class:`Batch`: text tokenised and trimmed to the longest, masks drawn per sample."""
+
+    def __init__(self, config: GLSCLConfig, tokenizer: str, group_size: int) -> None:
+        self._config, self._group_size = config, group_size
+        self._processor = GLSCLProcessor.from_config(config, tokenizer=tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        pixels = torch.stack([sample.pixels for sample in samples])
+        valid = torch.tensor([sample.valid for sample in samples])
+        text = self._processor.tokenize([sample.caption for sample in samples])
+        masks = draw_masks(
+            self._config,
+            text["input_ids"],
+            text["attention_mask"],
+            text["word_ids"],
+            valid,
+            [derive_seed(sample.seed, "masks") for sample in samples],
+            self._group_size,
+            (pixels.shape[-2] // self._config.patch_size) * (pixels.shape[-1] // self._config.patch_size),
+        )
+        return Batch(
+            input_ids=text["input_ids"],
+            attention_mask=text["attention_mask"],
+            pixel_values=pixels,
+            masks=masks,
+            valid=valid,
+            keys=[sample.key for sample in samples],
+            bad=Counter(sample.cause for sample in samples if sample.cause is not None),
+            group_size=self._group_size,
+        )
+
+
+def stage_loader(
+    stage: StageBlock,
+    train: TrainBlock,
+    readers: dict[str, ShardReader],
+    config: GLSCLConfig,
+    *,
+    tokenizer: str,
+    seed: int,
+    start_step: int = 0,
+    worker: int = 0,
+    workers: int = 1,
+) -> DataLoader[Any]:
+    """The batches of one worker for the rest of a stage, in order, ``train.accumulation`` a step."""
+    sampler = StageSampler(
+        stage, train, readers, seed=seed, start_step=start_step, worker=worker, workers=workers
+    )
+    dataset = StageDataset(readers, stage, image_size=config.image_size, seed=seed)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=train.loader_processes,
+        collate_fn=Collator(config, tokenizer, sampler.group_size),
+        # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
+        multiprocessing_context="forkserver" if train.loader_processes else None,
+        prefetch_factor=4 if train.loader_processes else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_single_thread,
+    )
+
+
+def _single_thread(_: int) -> None:
+    # Loader processes share the cores with the training; more threads each only contend.
+    torch.set_num_threads(1)

@@ -1,0 +1,73 @@
+"""From the job's configuration to a DeepSpeed engine around GLSCL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cluster.engine import prepare_deepspeed
+from cluster.workers import WorkerContext
+from model import GLSCLConfig, GLSCLForPreTraining
+from pipeline.config import ModelBlock, TrainBlock
+from sharding.seeds import derive_seed
+
+
+def model_config(block: ModelBlock) -> GLSCLConfig:
+    """The model's configuration: the preset with the job's overrides."""
+    return GLSCLConfig.preset(block.preset, **block.overrides)
+
+
+def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreTraining:
+    """GLSCL with weights drawn from the run's seed: the same on every worker."""
+    torch.manual_seed(derive_seed(seed, "initialisation"))
+    model = GLSCLForPreTraining(model_config(block))
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    return model
+
+
+def deepspeed_config(train: TrainBlock) -> dict[str, Any]:
+    """The job's ``deepspeed`` block, completed by what the job decides (see ``config.DEEPSPEED_OWNED``)."""
+    config: dict[str, Any] = {
+        **train.deepspeed,
+        "train_micro_batch_size_per_gpu": train.global_batch // (train.accumulation * train.workers),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clipping or 0.0,
+    }
+    config.setdefault("steps_per_print", 2**31)  # the job reports by itself
+    if train.precision != "fp32":
+        config[train.precision] = {"enabled": True}
+    if train.zero_stage:
+        # An offloaded optimizer is torch's AdamW too: DeepSpeed's own is compiled at first use.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def build_engine(
+    model: GLSCLForPreTraining, train: TrainBlock, context: WorkerContext
+) -> tuple[Any, list[float]]:
+    """DeepSpeed engine with AdamW over the model's parameter groups; returns it and the groups' peak rates."""
+    prepare_deepspeed(context.device)
+    import deepspeed
+
+    groups = model.parameter_groups(
+        train.learning_rate,
+        train.weight_decay,
+        fusion_multiplier=train.fusion_multiplier,
+        head_multiplier=train.head_multiplier,
+    )
+    peaks = [float(group["lr"]) for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(train))
+    return engine, peaks
+
+
+def gradient_norm(engine: Any, train: TrainBlock) -> float:
+    """Norm of the whole gradient before clipping, as DeepSpeed measured it in the last step.
+
+    NaN where DeepSpeed does not say (ZeRO 0 in fp32 without clipping).
+    """
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)

@@ -1,0 +1,76 @@
+"""What stops a run that has gone wrong: losses that are not finite, too much unreadable data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sharding.errors import BadDataLimit
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became NaN or infinite. The message names the step, the objectives and the samples."""
+
+
+def check_finite(losses: dict[str, torch.Tensor], keys: Sequence[str], step: int) -> None:
+    """Stop when any objective's loss is not finite on any worker. Collective: all workers raise together.
+
+    Args:
+        losses: scalar loss of each objective on this worker.
+        keys: the keys of this worker's samples in the batch.
+        step: the optimizer step, for the message.
+
+    Raises:
+        NonFiniteLoss: on every worker, naming step, objectives and the sample keys of all workers.
+    """
+    names = list(losses)
+    finite = torch.isfinite(torch.stack([losses[name].detach().float() for name in names]))
+    bad = (~finite).to(torch.int32)
+    dist.all_reduce(bad)
+    if not bool(bad.any()):
+        return
+    all_keys: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_keys, list(keys))
+    wrong = [name for name, count in zip(names, bad.tolist(), strict=True) if count]
+    shown = [key for part in all_keys for key in part if key]
+    raise NonFiniteLoss(
+        f"step {step}: the loss of {', '.join(wrong)} is not finite; samples of the batch: {', '.join(shown)}"
+    )
+
+
+class BadSampleGuard:
+    """Counts unreadable samples by cause over all workers; stops the run above a share of all that were read."""
+
+    #: Below so many samples a share says nothing: one bad picture in the first batch must not stop a run.
+    MINIMUM = 1000
+
+    def __init__(self, limit: float, device: torch.device) -> None:
+        self._limit, self._device = limit, device
+        self.seen = 0
+        self.causes: Counter[str] = Counter()
+
+    def update(self, seen: int, bad: Counter[str]) -> None:
+        """Add a step's counts of this worker. Collective.
+
+        Raises:
+            BadDataLimit: on every worker, with the counts by cause.
+        """
+        counts = torch.tensor([seen, bad.total()], dtype=torch.int64, device=self._device)
+        dist.all_reduce(counts)
+        self.seen += int(counts[0])
+        if int(counts[1]):
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, bad)
+            for part in parts:
+                self.causes.update(part)
+        total = self.causes.total()
+        if total > self._limit * max(self.seen, self.MINIMUM):
+            counted = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common())
+            raise BadDataLimit(
+                f"{total} of {self.seen} samples could not be read ({counted}): more than "
+                f"train.bad_sample_limit {self._limit:g} allows"
+            )

@@ -1,0 +1,31 @@
+"""Which checkpoints may go. Decided in the driver, where it is known what evaluations still need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from pipeline.config import CheckpointBlock
+from pipeline.training.checkpoints import Checkpoint
+
+
+def expendable(
+    checkpoints: Sequence[Checkpoint], rules: CheckpointBlock, *, pinned: Collection[int], best: int | None
+) -> list[Checkpoint]:
+    """The checkpoints that no rule keeps.
+
+    Kept: the newest ``keep_last``; every multiple of ``keep_every`` steps; the ends of stages (each starts the
+    next, and is what people compare); the ``best`` step; the ``pinned`` steps (evaluations not done yet).
+    """
+    by_step = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    newest = {checkpoint.step for checkpoint in by_step[-rules.keep_last :]}
+
+    def kept(checkpoint: Checkpoint) -> bool:
+        return (
+            checkpoint.step in newest
+            or checkpoint.step in pinned
+            or checkpoint.step == best
+            or bool(checkpoint.record.get("stage_end"))
+            or (rules.keep_every is not None and checkpoint.step % rules.keep_every == 0)
+        )
+
+    return [checkpoint for checkpoint in by_step if not kept(checkpoint)]

@@ -1,0 +1,91 @@
+"""What the driver does while the workers train: shows progress, tells MLflow of checkpoints, clears old ones away."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from cluster.board import Board
+from pipeline.config import JobConfig
+from pipeline.evaluation.dispatcher import Dispatcher
+from pipeline.progress import Task
+from pipeline.tracking import CheckpointEntry, Tracker
+from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
+from pipeline.training.retention import expendable
+from sharding.errors import StorageFault
+from sharding.storage import Storage
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 0.5
+_CHECKPOINTS_S = 3.0
+
+
+def checkpoint_entry(run: Storage, checkpoint: Checkpoint) -> CheckpointEntry:
+    """The checkpoint as MLflow shows it: a link and digests, no weights."""
+    params = {f"data.{name}": digest for name, digest in checkpoint.record["data"].items()}
+    params["stage_name"] = str(checkpoint.record["stage_name"])
+    return CheckpointEntry(checkpoint.step, checkpoint.stage, run.url_of(checkpoint.path), checkpoint.digest, params)
+
+
+class Watch:
+    """A thread beside the training, for the time of a ``with`` block."""
+
+    def __init__(
+        self, job: JobConfig, run: Storage, board: Board, tracker: Tracker, dispatcher: Dispatcher, progress: Task
+    ) -> None:
+        self._job, self._run, self._board = job, run, board
+        self._tracker, self._dispatcher, self._progress = tracker, dispatcher, progress
+        self._told: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if kind is None:
+            self.look_at_checkpoints()
+
+    def look_at_checkpoints(self) -> None:
+        """Tell MLflow of new checkpoints and delete those that no rule keeps."""
+        checkpoints = list_checkpoints(self._run)
+        for checkpoint in checkpoints:
+            if checkpoint.digest not in self._told:
+                self._told.add(checkpoint.digest)
+                self._tracker.checkpoint(checkpoint_entry(self._run, checkpoint))
+        rules = self._job.checkpoints
+        best = self._dispatcher.best_step(rules.keep_best) if rules.keep_best else None
+        for checkpoint in expendable(checkpoints, rules, pinned=self._dispatcher.pinned(), best=best):
+            logger.info("deleting the checkpoint of step %d (retention)", checkpoint.step)
+            delete_checkpoint(self._run, checkpoint)
+
+    def _loop(self) -> None:
+        looked = 0.0
+        while not self._stop.wait(_PROGRESS_S):
+            self._show_progress()
+            if time.monotonic() - looked >= _CHECKPOINTS_S:
+                looked = time.monotonic()
+                try:
+                    self.look_at_checkpoints()
+                except StorageFault as error:
+                    logger.warning("checkpoints could not be looked at, next try in %g s: %s", _CHECKPOINTS_S, error)
+
+    def _show_progress(self) -> None:
+        news = self._board.read().get("training")
+        if news is not None:
+            note = (
+                f"{news['stage']}  loss {news['loss/total']:.3f}  {news['speed/samples_per_s']:.0f} samples/s  "
+                f"waiting for data {news['time/waiting_for_data_share']:.0%}"
+            )
+            self._progress.update(news["step"], note)
