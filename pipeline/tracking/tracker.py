@@ -1,0 +1,188 @@
+"""The driver's side of tracking: opens the run, records checkpoints and evaluations, and never stops the
+training.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.tracking.config import TrackingConfig
+from pipeline.tracking.connection import connect, is_permanent, one_line
+from pipeline.tracking.results import CheckpointEntry, EvaluationEntry, RunResults
+from pipeline.tracking.runs import RunHandle, open_run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger("pipeline.tracking")
+
+_LONGEST_PAUSE_S = 15.0
+_Action = Callable[[RunResults], object]
+
+
+class Tracker:
+    """Does what it is told in the background, in order, and again until the server has taken it.
+
+    What is still waiting when the driver dies is found again at the next start by asking the storage
+    (checkpoints, the ledger), so nothing is kept on disk here.
+
+    Args:
+        config: where; ``uri`` absolute (:meth:`TrackingConfig.resolved`).
+        name: of the run in MLflow.
+        key: unique name of the training, see :func:`open_run`.
+        params: flattened configuration.
+        tags: digests, versions.
+        existing_run_id: noted in ``run.json`` by an earlier life.
+        wait_s: how long to wait here for the first answer of the server. After that the training starts
+            without
+            one, with a clear warning, and the run is made when the server comes.
+        on_open: told the handle once the run exists (to note its id); called from the background thread.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        *,
+        name: str,
+        key: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        existing_run_id: str | None = None,
+        wait_s: float = 30.0,
+        on_open: Callable[[RunHandle], None] | None = None,
+    ) -> None:
+        self.config = config
+        self._open = lambda: open_run(
+            config, name=name, key=key, params=params, tags=tags, existing_run_id=existing_run_id
+        )
+        self._on_open = on_open
+        self.handle: RunHandle | None = None
+        self._results: RunResults | None = None
+        self._client: MlflowClient | None = None
+        self._actions: deque[tuple[str, _Action]] = deque()
+        self._warned = False
+        self._stop = threading.Event()
+        self._changed = threading.Condition()
+        self._attempted = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mlflow-results", daemon=True)
+        self._thread.start()
+        self._attempted.wait(wait_s)
+        if not self._attempted.is_set():
+            self._warn("no answer yet")
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; nothing while the server has not been reached."""
+        return None if self.handle is None else self.handle.run_id
+
+    def checkpoint(self, checkpoint: CheckpointEntry) -> None:
+        """Shows a committed checkpoint as a logged model. Returns at once, like all that follow; may be
+        repeated.
+        """
+        self._add(f"checkpoint of step {checkpoint.step}", lambda r: r.log_checkpoint(checkpoint))
+
+    def evaluation(self, entry: EvaluationEntry) -> None:
+        """Shows a finished or failed evaluation."""
+        what = f"evaluation {entry.task} of step {entry.checkpoint.step}"
+        self._add(what, lambda r: r.log_evaluation(entry))
+
+    def best(self, checkpoint: CheckpointEntry, metric: str, value: float) -> None:
+        """Gives the ``best`` tag to a checkpoint."""
+        self._add(
+            f"best checkpoint, step {checkpoint.step}", lambda r: r.mark_best(checkpoint, metric, value)
+        )
+
+    def report(self, html: str, text: str) -> None:
+        """Stores the evaluation report with the run."""
+        self._add("evaluation report", lambda r: r.log_report(html, text))
+
+    def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
+        """Waits for the rest within the limit, sets the run's status (``FINISHED``, ``FAILED``,
+        ``KILLED``), ends.
+
+        Returns:
+            whether everything was delivered; what was not is named in a warning. Never raises.
+        """
+        self._add("end of the run", lambda r: self._terminate(status))
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._actions and time.monotonic() < deadline:
+                self._changed.notify_all()
+                self._changed.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+            left = [what for what, _ in self._actions]
+            self._stop.set()
+            self._changed.notify_all()
+        self._thread.join(timeout=1.0)
+        if left:
+            log.warning(
+                "MLflow at %s was not told: %s. It is told when the run is started again",
+                self.config.address,
+                ", ".join(left),
+            )
+        return not left
+
+    def _terminate(self, status: str) -> None:
+        assert self._client is not None
+        assert self.handle is not None
+        self._client.set_terminated(self.handle.run_id, status=status)
+
+    def _add(self, what: str, action: _Action) -> None:
+        with self._changed:
+            self._actions.append((what, action))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stop.is_set():
+            try:
+                self._work()
+                pause = 0.0
+            except Exception as error:  # noqa: BLE001 - must not end a training; it is reported
+                self._warn(one_line(error))
+                pause = min(max(1.0, 2 * pause), _LONGEST_PAUSE_S)
+            self._attempted.set()
+            with self._changed:
+                self._changed.notify_all()
+                if pause:
+                    self._changed.wait(pause)
+                elif not self._actions and not self._stop.is_set():
+                    self._changed.wait()
+
+    def _work(self) -> None:
+        if self.handle is None:
+            handle = self._open()
+            if self._on_open is not None:
+                self._on_open(handle)
+            self.handle = handle
+        if self._results is None:
+            self._client = connect(self.config)
+            self._results = RunResults(self._client, self.handle)
+        self._attempted.set()
+        while self._actions and not self._stop.is_set():
+            what, action = self._actions[0]
+            try:
+                action(self._results)
+            except Exception as error:
+                if not is_permanent(error):
+                    raise
+                log.warning("MLflow refused the %s: %s", what, one_line(error))
+            with self._changed:
+                self._actions.popleft()
+                self._changed.notify_all()
+        if self._warned:
+            log.warning("MLflow at %s answers again", self.config.address)
+            self._warned = False
+
+    def _warn(self, cause: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "MLflow at %s cannot be used (%s); the run goes on and is recorded there when it comes back",
+                self.config.address,
+                cause,
+            )

@@ -1,0 +1,308 @@
+"""What is logged arrives once, whatever happens to the server or to the process that logs."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from pipeline.tracking import (
+    CheckpointEntry,
+    EvaluationEntry,
+    MetricLogger,
+    Tracker,
+    TrackingConfig,
+    environment_tags,
+    flatten_params,
+    open_run,
+)
+from pipeline.tracking.connection import connect
+from sharding.storage import Storage, open_storage
+from tests.pipeline.mlflow_server import MlflowServer, free_port
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", flush_s=0.1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    instance = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    instance.start()
+    yield instance
+    instance.kill()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Storage:
+    return open_storage(tmp_path / "undelivered")
+
+
+def history(config: TrackingConfig, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in connect(config).get_metric_history(run_id, key))
+
+
+def new_run(config: TrackingConfig, key: str = "run-1", **arguments: Any) -> str:
+    return open_run(config, name="a run", key=key, params={}, tags={}, **arguments).run_id
+
+
+CHECKPOINTS = [
+    CheckpointEntry(step, 0, f"file:///runs/checkpoints/step-{step:08d}", f"{step:02d}" * 32)
+    for step in (10, 20, 30)
+]
+
+
+def evaluation(checkpoint: CheckpointEntry, value: float, error: str | None = None) -> EvaluationEntry:
+    metrics = {} if error else {"t2i_R10": value, "i2t_R10": value / 2}
+    return EvaluationEntry(
+        checkpoint, "emoji", "1.abcd", "held-out", "ef" * 32, metrics, 1000.0, 1001.5, error=error
+    )
+
+
+def test_metrics_of_every_step_arrive_once(embedded: TrackingConfig) -> None:
+    run_id = new_run(embedded)
+    logger = MetricLogger(embedded, "run-1", run_id=run_id)
+    for step in range(1, 1201):
+        logger.log(step, {"loss": 1 / step, "R@1": 0.5})
+    assert logger.close(30) == 0
+    assert history(embedded, run_id, "loss") == [(step, 1 / step) for step in range(1, 1201)]
+    assert len(history(embedded, run_id, "R_1")) == 1200
+    memory = history(embedded, run_id, "system/worker_memory_gib")
+    assert memory
+    assert 0.01 < memory[0][1] < 64
+
+
+def test_log_does_not_wait_for_the_server(embedded: TrackingConfig) -> None:
+    with socket.socket() as silent:  # accepts and never answers: every request hangs until its time-out
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        _log_against_a_silent_server(embedded.model_copy(update={"uri": uri, "request_timeout_s": 1}))
+
+
+def _log_against_a_silent_server(config: TrackingConfig) -> None:
+    logger = MetricLogger(config, "run-1")
+    start = time.monotonic()
+    for step in range(5000):
+        logger.log(step, {"loss": 1.0})
+    assert time.monotonic() - start < 1.0
+    start = time.monotonic()
+    assert 5000 <= logger.close(0.5) < 5010  # a few measurements of memory among them
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_restart_from_an_older_checkpoint_leaves_no_duplicate_steps(embedded: TrackingConfig) -> None:
+    run_id = new_run(embedded)
+    first = MetricLogger(embedded, "run-1", run_id=run_id)
+    for step in range(1, 131):
+        first.log(step, {"loss": float(step)})
+    first.log(100, {"checkpoint_s": 2.0})
+    assert first.close(30) == 0
+    assert new_run(embedded, existing_run_id=run_id) == run_id
+    second = MetricLogger(embedded, "run-1", run_id=run_id)
+    for step in range(101, 151):
+        second.log(step, {"loss": -float(step)})
+    second.log(150, {"checkpoint_s": 2.5})
+    assert second.close(30) == 0
+    expected = [(step, float(step)) for step in range(1, 131)] + [
+        (step, -float(step)) for step in range(131, 151)
+    ]
+    assert history(embedded, run_id, "loss") == expected
+    assert history(embedded, run_id, "checkpoint_s") == [(100, 2.0), (150, 2.5)]
+
+
+def test_the_run_is_found_again_even_if_its_id_was_never_noted(embedded: TrackingConfig) -> None:
+    assert new_run(embedded, key="a") == new_run(embedded, key="a")
+    assert new_run(embedded, key="a") != new_run(embedded, key="b")
+    assert new_run(embedded, key="a", existing_run_id="0" * 32) == new_run(embedded, key="a")
+
+
+def test_what_was_undelivered_at_the_end_is_kept_and_sent_by_the_next_life(
+    embedded: TrackingConfig, spool: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = new_run(embedded)
+    away = embedded.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}"})
+    first = MetricLogger(away, "run-1", run_id=run_id, spool=spool)
+    for step in range(1, 51):
+        first.log(step, {"loss": float(step)})
+    time.sleep(0.5)
+    assert first.flush(5.0) is False  # before a checkpoint: the steps must outlive a kill
+    kept = list(spool.list())
+    assert kept
+    first.log(51, {"loss": 51.0})
+    with caplog.at_level(logging.WARNING):
+        assert 51 <= first.close(1.0) < 60
+    assert "metric values; they are kept in" in caplog.text
+    assert spool.url in caplog.text
+
+    second = MetricLogger(embedded, "run-1", run_id=run_id, spool=spool)
+    for step in range(50, 56):
+        second.log(step, {"loss": float(step)})
+    assert second.close(30) == 0
+    assert history(embedded, run_id, "loss") == [(step, float(step)) for step in range(1, 56)]
+    assert list(spool.list()) == []
+
+
+def test_memory_is_bounded_while_the_server_is_away(embedded: TrackingConfig, spool: Storage) -> None:
+    config = embedded.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}", "buffered": 1000})
+    logger = MetricLogger(config, "run-1", run_id="0" * 32, spool=spool)
+    for step in range(3000):
+        logger.log(step, {"loss": 1.0, "rate": 2.0})
+        assert logger._points <= 1000
+        if step % 200 == 0:
+            time.sleep(0.1)
+    assert 6000 <= logger.close(1.0) < 6010
+    without = MetricLogger(config, "run-1", run_id="0" * 32)
+    for step in range(3000):
+        without.log(step, {"loss": 1.0})
+    assert 3000 <= without.close(0.5) < 3010
+
+
+def test_an_unreachable_server_is_one_warning_and_no_error(
+    embedded: TrackingConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = embedded.model_copy(update={"uri": f"http://user:hidden@127.0.0.1:{free_port()}"})
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(config, name="a", key="k", params={}, tags={}, wait_s=20)
+        tracker.checkpoint(CHECKPOINTS[0])
+        assert tracker.run_id is None
+        assert tracker.finish(timeout_s=2.0) is False
+    lines = [r.getMessage() for r in caplog.records if "cannot be used" in r.getMessage()]
+    assert len(lines) == 1
+    assert "Connection refused" in lines[0]
+    assert "the run goes on" in lines[0]
+    assert "checkpoint of step 10" in caplog.text
+    assert "hidden" not in caplog.text
+
+
+def test_checkpoints_and_evaluations_are_shown_once_and_ranked(embedded: TrackingConfig) -> None:
+    for _ in range(2):  # the second time is the start after the driver died before it could tell
+        tracker = Tracker(embedded, name="a", key="k", params={"seed": "1"}, tags={"x": "y"})
+        for checkpoint, value in zip(CHECKPOINTS, (0.1, 0.9, 0.4), strict=True):
+            tracker.checkpoint(checkpoint)
+            tracker.evaluation(evaluation(checkpoint, value))
+        tracker.evaluation(
+            EvaluationEntry(CHECKPOINTS[0], "video", "1.x", "clips", "ab" * 32, {}, 1.0, 2.0, error="broke")
+        )
+        tracker.best(CHECKPOINTS[0], "emoji/t2i_R10", 0.1)
+        tracker.best(CHECKPOINTS[1], "emoji/t2i_R10", 0.9)
+        tracker.report("<html>report</html>", "report")
+        assert tracker.finish(timeout_s=60)
+    assert tracker.handle is not None
+    client, handle = connect(embedded), tracker.handle
+    ranked = client.search_logged_models(
+        [handle.experiment_id],
+        filter_string=f"source_run_id = '{handle.run_id}'",
+        order_by=[{"field_name": "metrics.emoji/t2i_R10", "ascending": False, "dataset_name": "held-out"}],
+    )
+    assert [model.tags["step"] for model in ranked] == ["20", "30", "10"]
+    assert [model.tags.get("best") for model in ranked] == ["emoji/t2i_R10 0.9", None, None]
+    assert ranked[0].tags["checkpoint"] == CHECKPOINTS[1].url
+    children = client.search_runs(
+        [handle.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{handle.run_id}'"
+    )
+    assert sorted((c.info.run_name, c.info.status) for c in children) == [
+        ("emoji at step 10", "FINISHED"),
+        ("emoji at step 20", "FINISHED"),
+        ("emoji at step 30", "FINISHED"),
+        ("video at step 10", "FAILED"),
+    ]
+    curve = history(embedded, handle.run_id, "emoji/t2i_R10")
+    assert curve == [(10, 0.1), (20, 0.9), (30, 0.4)]
+    run = client.get_run(handle.run_id)
+    assert run.info.status == "FINISHED"
+    assert {f.path for f in client.list_artifacts(handle.run_id, "evaluation")} == {
+        "evaluation/report.html",
+        "evaluation/report.txt",
+    }
+
+
+def test_parameters_hold_no_secret_and_a_changed_one_is_a_tag(embedded: TrackingConfig) -> None:
+    class Inner(BaseModel):
+        key: SecretStr = SecretStr("hunter2")
+        proxy: str = "http://me:hunter2@proxy:80"
+        long: str = "x" * 9000
+
+    class Outer(BaseModel):
+        seed: int = 3
+        inner: Inner = Inner()
+        stages: list[dict[str, int]] = [{"steps": 5}, {"steps": 6}]
+        nothing: None = None
+
+    params = flatten_params(Outer())
+    assert params["seed"] == "3"
+    assert params["stages.1.steps"] == "6"
+    assert params["inner.proxy"] == "http://***@proxy:80"
+    assert "hunter2" not in str(params)
+    handle = open_run(embedded, name="a", key="k", params=params, tags=environment_tags())
+    open_run(embedded, name="a", key="k", params={**params, "seed": "4", "new": "1"}, tags={})
+    data = connect(embedded).get_run(handle.run_id).data
+    assert (data.params["seed"], data.params["new"], data.tags["changed.seed"]) == ("3", "1", "4")
+    assert len(data.params["inner.long"]) == 6000
+    assert data.tags["version.torch"]
+
+
+def test_a_store_that_mlflow_cannot_open_is_refused_before_anything_starts() -> None:
+    for uri in ("file:///tmp/runs", "./mlruns", "htp://host"):
+        with pytest.raises(ValidationError, match="sqlite:///"):
+            TrackingConfig(uri=uri)
+
+
+def test_a_relative_store_is_the_same_file_for_every_process(tmp_path: Path) -> None:
+    assert TrackingConfig().resolved(tmp_path).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert TrackingConfig(uri="sqlite:///a/b.db").resolved(tmp_path).uri == f"sqlite:///{tmp_path}/a/b.db"
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_server_killed_during_the_run_misses_no_step_and_gets_none_twice(
+    server: MlflowServer, spool: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrackingConfig(uri=server.uri, flush_s=0.05, request_timeout_s=5)
+    tracker = Tracker(config, name="a", key="killed", params={"seed": "1"}, tags={})
+    assert tracker.run_id is not None
+    logger = MetricLogger(config, "killed", run_id=tracker.run_id, spool=spool)
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 301):
+            logger.log(step, {"loss": float(step)})
+            time.sleep(0.005)
+            if step == 100:
+                server.kill()  # batches are in flight
+                tracker.checkpoint(CHECKPOINTS[0])
+                tracker.evaluation(evaluation(CHECKPOINTS[0], 0.5))
+            if step == 200:
+                assert logger.flush(1.0) is False  # a checkpoint while the server is away
+        server.start()
+        assert logger.close(60) == 0
+        assert tracker.finish(timeout_s=60)
+    assert history(config, tracker.run_id, "loss") == [(step, float(step)) for step in range(1, 301)]
+    assert history(config, tracker.run_id, "emoji/t2i_R10") == [(10, 0.5)]
+    assert caplog.text.count("metrics are buffered") == 1
+    assert list(spool.list()) == []
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_run_that_started_without_the_server_is_made_when_it_comes(tmp_path: Path, spool: Storage) -> None:
+    late = MlflowServer(tmp_path)
+    config = TrackingConfig(uri=late.uri, flush_s=0.1, request_timeout_s=5)
+    tracker = Tracker(config, name="a", key="late", params={"seed": "1"}, tags={}, wait_s=10)
+    logger = MetricLogger(config, "late", spool=spool)
+    for step in range(1, 21):
+        logger.log(step, {"loss": float(step)})
+    assert tracker.run_id is None
+    try:
+        late.start()
+        assert tracker.finish(timeout_s=60)
+        assert tracker.run_id is not None
+        assert logger.close(60) == 0
+        assert history(config, tracker.run_id, "loss") == [(step, float(step)) for step in range(1, 21)]
+    finally:
+        late.kill()
