@@ -1,0 +1,72 @@
+"""What every source yields, and what a source is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".flv", ".ts", ".gif", ".webp")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One sample as the source lists it; nothing of its media has been read yet.
+
+    Args:
+        address: of the media: a path relative to the source's base, an absolute path, or a url.
+        captions: texts known from the listing (a table's).
+        sidecar: path, relative to the base, of the file that holds the captions (a folder's).
+        not_text: how many captions were given that are no text.
+        problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
+    """
+
+    address: str
+    captions: list[str] = field(default_factory=list)
+    sidecar: str | None = None
+    not_text: int = 0
+    problem: str | None = None
+
+
+class Hasher(Protocol):
+    """What ``hashlib`` objects are."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class Source(Protocol):
+    """A corpus. A new kind of source implements this and is named in ``sources.open_source``."""
+
+    @property
+    def base(self) -> str:
+        """Url that relative addresses and sidecars are relative to."""
+
+    def inputs(self, hasher: Hasher) -> Iterator[Input]:
+        """The samples in a fixed order, streamed; ``hasher`` is fed what identifies the listing.
+
+        Raises:
+            UserError: the source is missing, empty of rows, or not what the configuration says.
+        """
+
+
+def feed(hasher: Hasher, *parts: Any) -> None:
+    """Feed one line of JSON, so that no two different listings give the same bytes."""
+    hasher.update(json.dumps(parts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+
+
+def texts_of(value: Any) -> tuple[list[str], int]:
+    """(texts, how many items are no text) of a caption cell: a text, a list of texts, or nothing."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    texts = [item for item in items if isinstance(item, str) and _encodable(item)]
+    return texts, len(items) - len(texts)
+
+
+def _encodable(text: str) -> bool:
+    # JSON may spell half a surrogate pair, which no UTF-8 file can hold.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""Rows of JSONL, Parquet or CSV tables that name media by path or url."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+from sharding.config import TableSource
+from sharding.errors import UserError
+from sharding.sources.base import Hasher, Input, feed, texts_of
+from sharding.storage import Storage
+
+_SUFFIXES = (".jsonl", ".parquet", ".csv")
+# A row of captions and an address is far smaller; a file without line ends must not fill the memory.
+_LONGEST_LINE = 16 << 20
+_ROWS_AT_ONCE = 1024
+
+# (row number from 1, the row, or None where it cannot be read)
+_Rows = Iterator[tuple[int, dict[str, Any] | None]]
+
+
+class TableListing:
+    """All rows of a table, or of the tables in a folder in the order of their paths."""
+
+    def __init__(self, config: TableSource, storage: Storage) -> None:
+        self._config = config
+        folder, self._file = config.path, ""
+        if config.path.lower().endswith(_SUFFIXES):
+            folder, _, self._file = config.path.rpartition("/")
+            # A file:// url is percent-encoded; paths within a storage are not.
+            self._file = unquote(self._file) if config.path.startswith("file://") else self._file
+        self._root = storage.resolve(folder)
+        self._needed = [config.media_column, *config.caption_columns, *config.where]
+
+    @property
+    def base(self) -> str:
+        return self._root.url
+
+    def inputs(self, hasher: Hasher) -> Iterator[Input]:
+        """See ``Source``. The rows' addresses and captions identify the listing, not the media's contents."""
+        found = False
+        for path in self._files():
+            for number, row in self._rows(path):
+                if row is not None and not self._selected(row):
+                    continue
+                found = True
+                item = self._input(path, number, row)
+                feed(hasher, item.address, item.captions, item.not_text, item.problem)
+                yield item
+        if not found:
+            which = " match 'where'" if self._config.where else ""
+            raise UserError(f"empty corpus: no rows{which} in {self._config.path}")
+
+    def _files(self) -> list[str]:
+        if self._file:
+            if not self._root.exists(self._file):
+                raise UserError(f"no such table: {self._root.url_of(self._file)}")
+            return [self._file]
+        self._root.check(write=False)
+        files = [path for path, _ in self._root.list() if path.lower().endswith(_SUFFIXES)]
+        if not files:
+            raise UserError(f"no tables ({', '.join(_SUFFIXES)}) below {self._root.url}")
+        return files
+
+    def _rows(self, path: str) -> _Rows:
+        url = self._root.url_of(path)
+        if path.lower().endswith(".parquet"):
+            return self._parquet_rows(path, url)
+        return self._csv_rows(path, url) if path.lower().endswith(".csv") else self._json_rows(path, url)
+
+    def _columns_exist(self, columns: set[str], url: str) -> None:
+        for column in self._needed:
+            if column not in columns:
+                raise UserError(
+                    f"{url} has no column {column!r}; it has {', '.join(sorted(columns)) or 'none'}"
+                )
+
+    def _parquet_rows(self, path: str, url: str) -> _Rows:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with self._root.open(path) as stream:
+            try:
+                table = pq.ParquetFile(stream)
+            except pa.ArrowException as error:
+                raise UserError(f"{url} is not a Parquet file: {error}") from None
+            self._columns_exist(set(table.schema_arrow.names), url)
+            number = 0
+            columns = list(dict.fromkeys(self._needed))
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+    def _csv_rows(self, path: str, url: str) -> _Rows:
+        with self._root.open(path) as stream:
+            reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            try:
+                self._columns_exist(set(reader.fieldnames or ()), url)
+                for row in reader:
+                    # A row that is too short has None in its last cells, a too long one has the key None.
+                    yield reader.line_num, None if None in row else row
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{url} is not a CSV table in UTF-8: {error}") from None
+
+    def _json_rows(self, path: str, url: str) -> _Rows:
+        columns: set[str] = set()
+        with self._root.open(path) as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=1):
+                if len(line) == _LONGEST_LINE:
+                    raise UserError(
+                        f"{url} line {number} is longer than {_LONGEST_LINE} bytes: not JSON lines"
+                    )
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                row = row if isinstance(row, dict) else None
+                columns.update(row or ())
+                yield number, row
+        self._columns_exist(columns, url)
+
+    def _selected(self, row: dict[str, Any]) -> bool:
+        for column, wanted in self._config.where.items():
+            values = wanted if isinstance(wanted, list) else [wanted]
+            # CSV cells are all text, so values are also compared as text.
+            if not any(row.get(column) == value or str(row.get(column)) == str(value) for value in values):
+                return False
+        return True
+
+    def _input(self, path: str, number: int, row: dict[str, Any] | None) -> Input:
+        place = f"{path}:{number}"
+        if row is None:
+            return Input(address=place, problem="bad-row")
+        address = row.get(self._config.media_column)
+        if not isinstance(address, str) or not address.strip() or texts_of(address)[1]:
+            return Input(address=place, problem="bad-address")
+        address = address.strip()
+        if "://" not in address:
+            if self._config.url_column is not None:
+                return Input(address=place, problem="bad-address")
+            if not address.startswith("/"):
+                address = posixpath.join(posixpath.dirname(path), address)
+        captions: list[str] = []
+        not_text = 0
+        for column in self._config.caption_columns:
+            texts, others = texts_of(row.get(column))
+            captions += texts
+            not_text += others
+        return Input(address=address, captions=captions, not_text=not_text)
