@@ -1,0 +1,58 @@
+"""Collectives of the contrastive objectives: a gather that carries the gradient back, and plain sums.
+
+Every worker computes its own rows of the global similarity matrix. The gradient of a feature is the sum of what
+all workers' rows say about it, so the backward of the gather sums over workers before it cuts out the own part.
+Without an initialised process group, or with one worker, everything is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Workers taking part in a step."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This worker's place among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
+def gather(local: Tensor) -> Tensor:
+    """[n, ...] on every worker (the same shape on each) -> [workers * n, ...] in rank order, no gradient."""
+    workers = world_size()
+    if workers == 1:
+        return local.detach()
+    local = local.detach().contiguous()
+    everything = local.new_empty(workers * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(everything, local)
+    return everything
+
+
+def gather_with_gradient(local: Tensor) -> Tensor:
+    """As :func:`gather`, with the gradient summed over the workers on its way back."""
+    return _Gather.apply(local) if world_size() > 1 else local
+
+
+def sum_over_workers(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all workers, detached."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
