@@ -22,20 +22,22 @@ class GLSCLConfig(PreTrainedConfig):
     The defaults are the paper's (RoBERTa-base, CLIP ViT-B/16 with 11 blocks, six fusion layers).
 
     Args:
-        image_size: side of a training image in pixels, a multiple of ``patch_size``. Other sizes are accepted at
+        image_size: side of a training image in pixels, a multiple of ``patch_size``. Other sizes are accepted
+            at
             run time: the position embedding is then interpolated (bicubic).
         max_frames: most frames a video may have (rows of the temporal embedding).
         hidden_size, num_attention_heads, intermediate_size: of all three encoders.
         vision_layers, text_layers, fusion_layers: blocks of each encoder.
         max_text_length: longest token sequence, ``<s>`` and ``</s>`` included.
         projection_size: width of the ITC embeddings.
-        hidden_dropout, attention_dropout: of the text and the fusion encoder (CLIP's vision encoder has none).
+        hidden_dropout, attention_dropout: of the text and the fusion encoder (CLIP's vision encoder has
+            none).
         temperature_init: first value of the learnable ITC temperature.
         completion_temperature: fixed temperature of MGSC and MLTC.
         mlm_ratio, completion_ratio: share of words masked for MLM, of tokens for semantic completion.
         removal_ratio, replacement_ratio: share of patches removed (MGSC) and replaced (MLTC).
-        mltc_on_video: compute MLTC for videos too. The paper's does it for images only; a batch of videos then
-            has an MLTC term of zero.
+        mltc_on_video: compute MLTC for videos too. The paper's does it for images only; a batch of videos
+            then has an MLTC term of zero.
     """
 
     model_type = "glscl"
@@ -98,18 +100,18 @@ class GLSCLConfig(PreTrainedConfig):
                 f"model.hidden_size {self.hidden_size} is not a multiple of "
                 f"model.num_attention_heads {self.num_attention_heads}"
             )
-        for name in "mlm_ratio completion_ratio removal_ratio replacement_ratio".split():
+        for name in ["mlm_ratio", "completion_ratio", "removal_ratio", "replacement_ratio"]:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise ModelConfigurationError(f"model.{name} is {value!r}: it must lie between 0 and 1")
-        for name in "hidden_dropout attention_dropout".split():
+        for name in ["hidden_dropout", "attention_dropout"]:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ModelConfigurationError(f"model.{name} is {value!r}: it must be at least 0 and below 1")
         if self.max_position_embeddings < self.max_text_length + self.pad_token_id + 1:
             raise ModelConfigurationError(
                 f"model.max_position_embeddings {self.max_position_embeddings} is too small for "
-                f"model.max_text_length {self.max_text_length} (RoBERTa's positions begin at pad_token_id + 1)"
+                f"model.max_text_length {self.max_text_length} (positions begin at pad_token_id + 1)"
             )
         if not 3 < self.mask_token_id < self.vocab_size:
             raise ModelConfigurationError(
@@ -120,9 +122,9 @@ class GLSCLConfig(PreTrainedConfig):
     def preset(cls, name: str, **overrides: Any) -> GLSCLConfig:
         """The configuration called ``name`` (``tiny`` or ``base``), with single fields replaced.
 
-        ``tiny`` trains on two CPU cores; its vocabulary is the shipped one cut to the first merges, because at
-        width 192 two tables of 50265 rows would be four fifths of the model. A ``vocab_size`` given without a
-        ``mask_token_id`` puts ``<mask>`` on the last row, where RoBERTa has it.
+        ``tiny`` trains on two CPU cores; its vocabulary is the shipped one cut to the first merges, because
+        at width 192 two tables of 50265 rows would be four fifths of the model. A ``vocab_size`` given
+        without a ``mask_token_id`` puts ``<mask>`` on the last row, where RoBERTa has it.
 
         Raises:
             ModelConfigurationError: unknown preset or field.

@@ -1,9 +1,10 @@
 """The fusion encoder: two streams of co-attention (METER), post-norm, run for several passes at once.
 
 A *pass* pairs one text input with one vision input. The passes of a training step share inputs (the complete
-text takes part in three of them), so the encoder is handed the distinct inputs once and the passes as indices:
-the first layer's self-attention and context projections are computed per distinct input, everything after it
-per pass with all passes of one length in one batch, and the last layer only for the rows that are read.
+text takes part in three of them), so the encoder is handed the distinct inputs once and the passes as
+indices: the first layer's self-attention and context projections are computed per distinct input, everything
+after it per pass with all passes of one length in one batch, and the last layer only for the rows that are
+read.
 
 Shape legend: B samples, T text tokens, V vision tokens of an input, R rows read, D width.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.attention import attend, split_heads, take_rows
+from model.attention import attend, take_rows
 from model.configuration import GLSCLConfig
 
 
@@ -59,8 +60,8 @@ class SelfAttention(GradientCheckpointingLayer):
         key, value = self.key_value(states).chunk(2, dim=-1)
         if rows is not None:
             states = take_rows(states, rows)
-        heads = (split_heads(x, self.heads) for x in (self.query(states), key, value))
-        attended = attend(*heads, mask=mask, dropout=self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = attend(self.query(states), key, value, self.heads, mask, dropout)
         return self.norm(states + self.dropout(self.output(attended)))
 
 
@@ -92,8 +93,8 @@ class CrossAttention(GradientCheckpointingLayer):
         if pick is not None:
             key_value = key_value.index_select(0, pick)
         key, value = key_value.chunk(2, dim=-1)
-        heads = (split_heads(x, self.heads) for x in (self.query(states), key, value))
-        attended = attend(*heads, mask=mask, dropout=self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = attend(self.query(states), key, value, self.heads, mask, dropout)
         states = self.norm(states + self.dropout(self.output(attended)))
         hidden = self.feed_forward(F.gelu(self.intermediate(states)))
         return self.feed_forward_norm(states + self.dropout(hidden))

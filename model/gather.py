@@ -1,8 +1,8 @@
 """Collectives of the contrastive objectives: a gather that carries the gradient back, and plain sums.
 
-Every worker computes its own rows of the global similarity matrix. The gradient of a feature is the sum of what
-all workers' rows say about it, so the backward of the gather sums over workers before it cuts out the own part.
-Without an initialised process group, or with one worker, everything is the identity.
+Every worker computes its own rows of the global similarity matrix. The gradient of a feature is the sum of
+what all workers' rows say about it, so the backward of the gather sums over workers before it cuts out the
+own part. Without an initialised process group, or with one worker, everything is the identity.
 """
 
 from __future__ import annotations

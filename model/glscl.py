@@ -29,7 +29,7 @@ class TextFeatures(NamedTuple):
 
 
 class VisionFeatures(NamedTuple):
-    """Frames before fusion: ``states`` [B, F + F*P, D] in the fusion space, ``embedding`` [B, E] of unit length."""
+    """Frames before fusion: ``states`` [B, F + F*P, D] in the fusion space, unit ``embedding`` [B, E]."""
 
     states: Tensor
     embedding: Tensor
@@ -117,7 +117,7 @@ class GLSCLModel(GLSCLPreTrainedModel):
         text_rows: Tensor | None = None,
         vision_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One fused pass over states with token types; all rows come back unless ``*_rows`` [B, R] are given."""
+        """One fused pass over states with token types; all rows come back, or ``*_rows`` [B, R]."""
         batch = len(text)
 
         def every(states: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class GLSCLModel(GLSCLPreTrainedModel):
 
 
 def valid_tokens(attention_mask: Tensor) -> Tensor:
-    """[B, T] bool; the first token always counts, or the attention of an all-padding text would be undefined."""
+    """[B, T] bool; the first token always counts, or an all-padding text's attention would be undefined."""
     mask = attention_mask.bool().clone()
     mask[:, 0] = True
     return mask

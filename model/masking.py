@@ -1,7 +1,8 @@
 """The random choices of a pre-training step, drawn per sample.
 
-What is masked in a sample is a function of that sample's seed alone: not of the batch it is in, its padding, the
-number of workers or of loader processes. The wrong images of ITM are a function of the seeds of the group.
+What is masked in a sample is a function of that sample's seed alone: not of the batch it is in, its padding,
+the number of workers or of loader processes. The wrong images of ITM are a function of the seeds of the
+group.
 
 Shape legend: B samples, T text tokens, K kept and M replaced patches.
 """
@@ -9,7 +10,7 @@ Shape legend: B samples, T text tokens, K kept and M replaced patches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -53,7 +54,7 @@ class PretrainingMasks:
         """The same masks in page-locked memory (called by torch's DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> PretrainingMasks:  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PretrainingMasks:
         return PretrainingMasks(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
@@ -71,7 +72,8 @@ def draw_masks(
 
     Args:
         config: ratios, vocabulary and special tokens.
-        input_ids, attention_mask, word_ids: [B, T]; ``word_ids`` numbers the words, -1 for specials and padding.
+        input_ids, attention_mask, word_ids: [B, T]; ``word_ids`` numbers the words, -1 for specials and
+            padding.
         valid: [B] bool; an invalid sample has nothing masked and takes no part in ITM.
         seeds: one non-negative integer below 2**64 per sample.
         group_size: consecutive samples that form a group; wrong images come from the own group.
@@ -127,7 +129,7 @@ def _mask_words(
     actions: np.ndarray,
     tokens: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whole-word masking: 15 % of the words, at least one, all pieces of a word together; 80/10/10 per piece."""
+    """15 % of the words, at least one, all pieces of a word together; 80/10/10 per piece."""
     length = ids.shape[1]
     inside = words >= 0
     previous = np.concatenate([np.full((len(words), 1), -1), words[:, :-1]], axis=1)
@@ -141,7 +143,8 @@ def _mask_words(
     chosen = inside & (np.take_along_axis(ranks, number, axis=1) < wanted[:, None])
 
     actions, tokens = actions[:, :length], tokens[:, :length]
-    # Ids between the four first specials and <mask>: a special token in the text would move RoBERTa's positions.
+    # Ids between the four first specials and <mask>: a special token in the text would move RoBERTa's
+    # positions.
     first, last = config.unk_token_id + 1, config.mask_token_id
     random_ids = first + (tokens * (last - first)).astype(np.int64)
     masked = np.where(chosen & (actions < 0.8), config.mask_token_id, ids)
@@ -169,14 +172,14 @@ def _lowest(scores: np.ndarray, count: int) -> Tensor:
 
 
 def _wrong_images(valid: np.ndarray, seeds: Sequence[int], group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Half of a group's valid samples trade images in a ring; one alone takes another valid sample's image."""
+    """Half of a group's valid samples trade images in a ring; one alone takes another's image."""
     partner = np.arange(len(valid), dtype=np.int64)
     labels = np.ones(len(valid), dtype=np.int64)
     for start in range(0, len(valid), group_size):
         members = start + np.flatnonzero(valid[start : start + group_size])
         if len(members) < 2:
             continue
-        key = hashlib.blake2b(",".join(str(seeds[i]) for i in members).encode(), digest_size=8).digest()
+        key = hashlib.blake2b(",".join(str(seeds[int(i)]) for i in members).encode(), digest_size=8).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
         order = generator.permutation(members)
         wrong = order[: len(members) // 2]

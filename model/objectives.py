@@ -1,8 +1,8 @@
 """The five pre-training losses, from features to scaled terms.
 
-Scale: with W workers each returns a term whose mean over the workers is the loss of one worker holding the whole
-batch, and so are its gradients (what averaging data-parallel training needs). Counts are global, invalid samples
-enter neither as rows nor as negatives, and an objective without anything to predict is zero.
+Scale: with W workers each returns a term whose mean over the workers is the loss of one worker holding the
+whole batch, and so are its gradients (what averaging data-parallel training needs). Counts are global,
+invalid samples enter neither as rows nor as negatives, and an objective without anything to predict is zero.
 
 Shape legend: n local rows, m = W * n global rows, S sets compared separately (frames), D width, V vocabulary.
 """
@@ -65,8 +65,8 @@ def global_info_nce(
     """InfoNCE in both directions (summed) between paired rows, negatives from all workers.
 
     Args:
-        first, second: [n, S, D]; row i of one belongs to row i of the other. Not yet normalised; one of them may
-            be detached. The S sets are compared separately and averaged.
+        first, second: [n, S, D]; row i of one belongs to row i of the other. Not yet normalised; one of them
+            may be detached. The S sets are compared separately and averaged.
         temperature: divides the cosine similarities.
         valid: [n] bool rows that count; all_valid: [m] bool the same of all workers.
         count: valid rows on all workers.
@@ -129,7 +129,7 @@ def matching_loss(logits: Tensor, labels: Tensor, valid: Tensor, count: int) -> 
 
 
 def masked_language_loss(logits: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """MLM over masked positions only: ``logits`` [k, V], ``labels`` [k] -> (scaled term, local right answers)."""
+    """MLM of masked positions: ``logits`` [k, V], ``labels`` [k] -> (scaled term, local right answers)."""
     loss = F.cross_entropy(in_full_precision(logits), labels, reduction="sum")
     return mean_over_all(loss, count), (logits.argmax(dim=-1) == labels).sum()
 
@@ -137,7 +137,8 @@ def masked_language_loss(logits: Tensor, labels: Tensor, count: int) -> tuple[Te
 def token_completion_loss(
     completed: Tensor, target: Tensor, temperature: float, counts: GlobalCounts
 ) -> Tensor:
-    """MLTC of text: ``completed`` and ``target`` [k, D] are this worker's masked tokens (k differs by worker).
+    """MLTC of text: ``completed`` and ``target`` [k, D] are this worker's masked tokens (k differs by
+    worker).
 
     Padded to the largest k, so that they can be gathered.
     """

@@ -25,13 +25,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split the parameters of a ``GLSCLForPreTraining`` by learning rate and weight decay.
 
-    Encoders, token types, ITC projections and temperature run at ``base_lr``; the fusion layers with their poolers
-    and the two projections into the fusion space at ``fusion_multiplier`` times that; the MLM and ITM heads at
-    ``head_multiplier`` times. Biases, every LayerNorm (CLIP's included) and the temperature are not decayed.
+    Encoders, token types, ITC projections and temperature run at ``base_lr``; the fusion layers with their
+    poolers and the two projections into the fusion space at ``fusion_multiplier`` times that; the MLM and ITM
+    heads at ``head_multiplier`` times. Biases, every LayerNorm (CLIP's included) and the temperature are not
+    decayed.
 
     Returns:
-        groups with keys ``params``, ``lr``, ``weight_decay``, ``name`` (``encoders``, ``fusion`` or ``heads``, plus
-        ``/decay`` or ``/no_decay``); each trainable parameter is in exactly one, none is empty.
+        groups with keys ``params``, ``lr``, ``weight_decay``, ``name`` (``encoders``, ``fusion`` or
+        ``heads``, plus ``/decay`` or ``/no_decay``); each trainable parameter is in exactly one, none is
+        empty.
     """
     norms = {
         id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()

@@ -1,8 +1,9 @@
 """GLSCL with its pre-training heads: one forward computes every objective asked for, on shared passes.
 
-Each distinct input is encoded once (vision: complete, 80 % removed, 30 % replaced; text: complete, masked for MLM,
-40 % masked) and fused in at most five passes: matching, MLM, (a) removed vision with complete text, (b) complete
-vision with masked text, (c) replaced vision with complete text. What no objective asked for is not computed.
+Each distinct input is encoded once (vision: complete, 80 % removed, 30 % replaced; text: complete, masked for
+MLM, 40 % masked) and fused in at most five passes: matching, MLM, (a) removed vision with complete text, (b)
+complete vision with masked text, (c) replaced vision with complete text. What no objective asked for is not
+computed.
 
 Shape legend: B samples, T text tokens, F frames, P patches of a frame, D width, E projection width.
 """
@@ -322,7 +323,7 @@ class _Step:
 
 
 def _padded_rows(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the true flags of each row [B, R], padded to the most, and which of them are real [B, R]."""
+    """Positions of each row's true flags [B, R], padded to the most, and which are real [B, R]."""
     counts = flags.sum(dim=1)
     most = max(1, int(counts.max()))
     rows = torch.argsort((~flags).to(torch.uint8), dim=1, stable=True)[:, :most]

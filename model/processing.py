@@ -36,12 +36,12 @@ class GLSCLProcessor:
         """A processor for models of ``config``.
 
         Args:
-            tokenizer: ``builtin`` for the RoBERTa vocabulary shipped with the package (cut to its first merges if
-                ``config.vocab_size`` is smaller), or the name or path of a Hugging Face tokenizer.
+            tokenizer: ``builtin`` for the RoBERTa vocabulary shipped with the package (cut to its first
+                merges if ``config.vocab_size`` is smaller), or the name or path of a Hugging Face tokenizer.
 
         Raises:
-            TokenizerError: it cannot be loaded, is not a fast one (word numbers are needed), or its vocabulary or
-                special tokens are not those of ``config``.
+            TokenizerError: it cannot be loaded, is not a fast one (word numbers are needed), or its
+                vocabulary or special tokens are not those of ``config``.
         """
         loaded = _builtin(config.vocab_size) if tokenizer == _SHIPPED else _pretrained(tokenizer)
         if not loaded.is_fast:
@@ -50,7 +50,8 @@ class GLSCLProcessor:
             )
         if len(loaded) != config.vocab_size:
             raise TokenizerError(
-                f"tokenizer {tokenizer!r} has {len(loaded)} tokens, but the model's vocab_size is {config.vocab_size}"
+                f"tokenizer {tokenizer!r} has {len(loaded)} tokens, "
+                f"but the model's vocab_size is {config.vocab_size}"
             )
         for name in ("bos", "pad", "eos", "unk", "mask"):
             have, want = getattr(loaded, f"{name}_token_id"), getattr(config, f"{name}_token_id")
@@ -64,8 +65,8 @@ class GLSCLProcessor:
         """Tokenise captions, cut to ``config.max_text_length`` tokens and padded to the longest of them.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``word_ids``, each [B, T] int64; ``word_ids`` numbers the words of
-            a caption from 0 and is -1 on special tokens and padding.
+            ``input_ids``, ``attention_mask`` and ``word_ids``, each [B, T] int64; ``word_ids`` numbers the
+            words of a caption from 0 and is -1 on special tokens and padding.
         """
         encoded = self.tokenizer(
             list(texts), padding="longest", truncation=True, max_length=self.config.max_text_length
@@ -84,7 +85,7 @@ class GLSCLProcessor:
         return torch.stack([self.video(image[None]) for image in images])
 
     def video(self, frames: np.ndarray) -> Tensor:
-        """Frames uint8 [F, height, width, 3] -> uint8 [F, 3, S, S]: shorter side to S (bicubic), centre crop."""
+        """Frames uint8 [F, height, width, 3] -> uint8 [F, 3, S, S]: shorter side to S, centre crop."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"frames must be uint8 [F, height, width, 3], not {frames.dtype} {frames.shape}")
         side = self.config.image_size

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.attention import attend, split_heads, take_rows
+from model.attention import attend, take_rows
 from model.configuration import GLSCLConfig
 
 
@@ -51,15 +51,11 @@ class VisionBlock(GradientCheckpointingLayer):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, frames, tokens, width = query.shape
         if frames == 1:
-            heads = (split_heads(x[:, 0], self.heads) for x in (query, key, value))
-            return attend(*heads)[:, None]
-        per_frame = [
-            split_heads(x.reshape(batch * frames, tokens, width), self.heads) for x in (query, key, value)
-        ]
-        patches = attend(per_frame[0][:, :, 1:], per_frame[1], per_frame[2])
-        everything = [split_heads(x.reshape(batch, frames * tokens, width), self.heads) for x in (key, value)]
-        classes = attend(split_heads(query[:, :, 0], self.heads), *everything)
-        return torch.cat([classes[:, :, None], patches.view(batch, frames, tokens - 1, width)], dim=2)
+            return attend(query[:, 0], key[:, 0], value[:, 0], self.heads)[:, None]
+        own = attend(query[:, :, 1:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.heads)
+        patches = own.view(batch, frames, tokens - 1, width)
+        classes = attend(query[:, :, 0], key.flatten(1, 2), value.flatten(1, 2), self.heads)
+        return torch.cat([classes[:, :, None], patches], dim=2)
 
 
 class VisionEncoder(nn.Module):
@@ -148,7 +144,7 @@ class VisionEncoder(nn.Module):
         return self.patch_embedding(normalised.flatten(3).to(self.patch_embedding.weight.dtype)), grid
 
     def _positions(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Position embedding of the class token [D] and of the patches [P, D], bicubic if the grid differs."""
+        """Positions of the class token [D] and of the patches [P, D], bicubic if the grid differs."""
         side = self.config.image_size // self.config.patch_size
         patches = self.position_embedding[1:]
         if grid != (side, side):
