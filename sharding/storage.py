@@ -205,12 +205,12 @@ class Storage:
         self._backend.write(_clean_file(path), data)
 
     def read_json(self, path: str) -> Any:
-        """The JSON value in a file. BadData(``bad-json``) naming the url when it is not JSON."""
+        """The JSON value in a file. ValueError naming the url when it is not JSON."""
         data = self.read_bytes(path)
         try:
             return json.loads(data.decode("utf-8"))
         except ValueError as error:
-            raise BadData("bad-json", f"{self.url_of(path)} is not valid JSON ({error})") from None
+            raise ValueError(f"{self.url_of(path)} is not valid JSON ({error})") from None
 
     def write_json(self, path: str, value: Any) -> None:
         """Write canonical JSON (sorted keys, UTF-8, newline at the end): equal values are equal bytes."""
