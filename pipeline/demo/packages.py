@@ -84,8 +84,8 @@ def debian_package(name: str, packages: Path | None) -> Iterator[Path]:
 def _members(archive: tarfile.TarFile, names: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     for member in archive:
         name = str(PurePosixPath(member.name))
-        if not member.isreg() or not names.fullmatch(name):
-            continue
+        if not member.isreg() or ".." in PurePosixPath(name).parts or not names.fullmatch(name):
+            continue  # names become paths in a storage
         if member.size > LARGEST_MEMBER_BYTES:
             raise PackageError(
                 f"{name} in the package is {member.size} bytes, more than any file of it should have"
