@@ -1,7 +1,8 @@
-"""Reading the media and sidecars that a source lists: bounded in bytes and in time, several at once, in order."""
+"""Reading the media and sidecars that a source lists: bounded bytes and time, several at once, in order."""
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -64,9 +65,7 @@ class Fetcher:
         if item.problem is not None:
             return Fetched(item, fault=BadData(item.problem, public_address(item.address)))
         try:
-            sidecar = None
-            if item.sidecar is not None:
-                sidecar = self._sidecar(item.sidecar)
+            sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
             return Fetched(item, media=self._media(item.address), sidecar=sidecar)
         except BadData as fault:
             return Fetched(item, fault=fault)
@@ -91,6 +90,8 @@ class Fetcher:
 
     def _located(self, address: str) -> tuple[Storage, str]:
         """The storage and the path in it. One Storage a bucket, so that its connections are shared."""
+        if ".." in address.split("/") or "\0" in address:
+            raise UserError(f"the path {address!r} holds '..'")
         if "://" not in address and not address.startswith("/"):
             return self._base, address
         scheme, _, rest = address.rpartition("://") if "://" in address else ("file", "", address)
@@ -123,7 +124,7 @@ class Fetcher:
                 EOFError,
             ) as error:  # URLError, time-outs, cut bodies, broken headers
                 fault = str(getattr(error, "reason", "") or error) or type(error).__name__
-            except Exception as error:  # http.client has its own family, e.g. IncompleteRead
+            except http.client.HTTPException as error:  # no OSError, e.g. IncompleteRead, BadStatusLine
                 fault = type(error).__name__
             if attempt < self._config.attempts:
                 time.sleep(min(0.5 * 2**attempt, 5))
@@ -131,7 +132,7 @@ class Fetcher:
 
     def _body(self, url: str) -> bytes:
         deadline = time.monotonic() + 3 * self._config.timeout_s
-        request = urllib.request.Request(url, headers={"User-Agent": "glscl-pipeline"})  # noqa: S310
+        request = urllib.request.Request(url, headers={"User-Agent": "glscl-pipeline"})
         blocks, size = [], 0
         with self._opener.open(request, timeout=self._config.timeout_s) as response:
             announced = response.headers.get("Content-Length", "")

@@ -1,0 +1,127 @@
+"""How the input is cut into tasks: written down before any work starts, so that a re-run cuts it alike.
+
+The source is listed twice, both times as a stream: once for its digest, which names the dataset's folder, and
+once to write the plan into that folder. A prepared dataset is thus recognised by the first listing alone, and
+no process ever holds more than the inputs of one task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sharding.config import PrepareConfig
+from sharding.errors import UserError
+from sharding.sources import Input, Source
+from sharding.storage import Storage
+
+PLAN_PATH = "plan.json"
+# Digests that one exchange task compares at once: about 150 bytes of memory each.
+DIGESTS_PER_BUCKET = 2_000_000
+
+_INPUT_SCHEMA = pa.schema(
+    [
+        pa.field("address", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("sidecar", pa.string()),
+        pa.field("not_text", pa.int32(), nullable=False),
+        pa.field("problem", pa.string()),
+    ]
+)
+
+
+class Survey(BaseModel):
+    """What a listing found: the url that addresses are relative to, how many inputs, and their digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    inputs: int
+    digest: str
+
+
+class Plan(BaseModel):
+    """The partition of the input: ``tasks`` parts of ``configuration["samples_per_shard"]`` inputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["glscl-plan"] = "glscl-plan"
+    version: Literal[1] = 1
+    configuration: dict[str, Any]
+    configuration_digest: str
+    source: Survey
+    tasks: int
+    buckets: int
+
+
+def survey(source: Source, seen: Callable[[int], None]) -> Survey:
+    """List the source; ``seen`` is called with the number of inputs now and then."""
+    hasher = hashlib.sha256()
+    count = 0
+    for count, _ in enumerate(source.inputs(hasher), start=1):
+        if count % 1000 == 0:
+            seen(count)
+    return Survey(url=source.base, inputs=count, digest=hasher.hexdigest())
+
+
+def inputs_path(task: int) -> str:
+    """Where the inputs of a task are listed, relative to the dataset."""
+    return f"plan/{task:06d}.parquet"
+
+
+def make_plan(source: Source, found: Survey, config: PrepareConfig, dataset: Storage) -> Plan:
+    """The dataset's plan: the one that is there, or a new one (``plan.json`` last: it vouches for the lists).
+
+    Raises:
+        UserError: the source changed since ``found``, or the folder holds another plan.
+    """
+    tasks = -(-found.inputs // config.samples_per_shard)
+    plan = Plan(
+        configuration=config.identity(),
+        configuration_digest=config.digest,
+        source=found,
+        tasks=tasks,
+        buckets=-(-found.inputs // DIGESTS_PER_BUCKET),
+    )
+    if dataset.exists(PLAN_PATH):
+        if _read_plan(dataset) != plan:
+            raise UserError(f"{dataset.url_of(PLAN_PATH)} is the plan of another dataset: remove its folder")
+        return plan
+    hasher = hashlib.sha256()
+    listing = source.inputs(hasher)
+    for task in range(tasks):
+        _write_inputs(list(islice(listing, config.samples_per_shard)), dataset, task)
+    if next(listing, None) is not None or hasher.hexdigest() != found.digest:
+        raise UserError(f"{found.url} changed while it was being listed: try again when it is complete")
+    dataset.write_json(PLAN_PATH, plan.model_dump(mode="json"))
+    return plan
+
+
+def _read_plan(dataset: Storage) -> Plan:
+    try:
+        return Plan.model_validate(dataset.read_json(PLAN_PATH))
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise UserError(f"{dataset.url_of(PLAN_PATH)} is no plan ({problem}): remove its folder") from None
+
+
+def _write_inputs(inputs: list[Input], dataset: Storage, task: int) -> None:
+    table = pa.Table.from_pylist([asdict(item) for item in inputs], schema=_INPUT_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    dataset.write_bytes(inputs_path(task), sink.getvalue().to_pybytes())
+
+
+def read_inputs(dataset: Storage, task: int) -> Iterator[Input]:
+    """The inputs of one task, in order."""
+    table = pq.read_table(pa.BufferReader(dataset.read_bytes(inputs_path(task))))
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield Input(**row)

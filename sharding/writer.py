@@ -1,0 +1,155 @@
+"""Writing shards: plain WebDataset tars whose bytes depend on their samples alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from sharding.errors import StorageFault
+from sharding.index import IndexRow, write_index
+from sharding.manifest import ShardRecord
+from sharding.media import Encoded
+from sharding.storage import Storage
+
+_OWNER = "glscl"
+
+
+class ShardWriter:
+    """Writes one tar on the local disk and keeps the rows of its index.
+
+    The members of a key lie together, in the order of their names::
+
+        KEY.json  captions, source, width, height, frames, duration
+        KEY.txt   the first caption
+        KEY.webp  the media (jpg, png and mp4 sort elsewhere)
+
+    Owner, mode and times are fixed, so that equal samples make equal bytes. Keys must be added in order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[IndexRow] = []
+        self._file: BinaryIO = path.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._tar.close()
+        finally:
+            self._file.close()
+
+    def add(self, key: str, media: Encoded, captions: list[str], sha256: str, source: str) -> None:
+        """One sample. ``sha256`` and ``source`` are those of the file it was made of."""
+        info = media.info
+        description = {
+            "captions": captions,
+            "source": source,
+            "width": info.width,
+            "height": info.height,
+            "frames": info.frames,
+            "duration": round(info.duration, 6),
+        }
+        members = {
+            "json": json.dumps(description, ensure_ascii=False, sort_keys=True).encode(),
+            "txt": captions[0].encode(),
+            media.extension: media.data,
+        }
+        row = IndexRow(
+            key=key,
+            extension=media.extension,
+            media_offset=0,
+            media_size=len(media.data),
+            text_offset=0,
+            text_size=len(members["txt"]),
+            json_offset=0,
+            json_size=len(members["json"]),
+            crc32=zlib.crc32(media.data),
+            width=info.width,
+            height=info.height,
+            frames=info.frames,
+            duration=info.duration,
+            caption_length=len(captions[0]),
+            captions=len(captions),
+            sha256=sha256,
+            source=source,
+        )
+        self.add_members(row, members)
+
+    def add_members(self, row: IndexRow, members: dict[str, bytes]) -> None:
+        """One sample of given members (``json``, ``txt`` and the media's extension); offsets are set here."""
+        if self.rows and row.key <= self.rows[-1].key:
+            raise ValueError(f"key {row.key} after {self.rows[-1].key}: keys must be added in order")
+        offsets = {name: self._add(f"{row.key}.{name}", members[name]) for name in sorted(members)}
+        self.rows.append(
+            replace(
+                row,
+                media_offset=offsets[row.extension],
+                text_offset=offsets["txt"],
+                json_offset=offsets["json"],
+            )
+        )
+
+    def _add(self, name: str, data: bytes) -> int:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o444
+        member.uname = member.gname = _OWNER
+        self._tar.addfile(member, io.BytesIO(data))
+        blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.tell() - blocks
+
+
+def copy_without(source: BinaryIO, rows: Iterable[IndexRow], dropped: set[int], writer: ShardWriter) -> None:
+    """Copy a shard's samples to ``writer``, but for the rows (numbers from 0) in ``dropped``."""
+    for number, row in enumerate(rows):
+        if number in dropped:
+            continue
+        places = {
+            "json": (row.json_offset, row.json_size),
+            "txt": (row.text_offset, row.text_size),
+            row.extension: (row.media_offset, row.media_size),
+        }
+        members = {}
+        for name, (offset, size) in places.items():
+            source.seek(offset)
+            members[name] = source.read(size)
+        writer.add_members(row, members)
+
+
+def publish(writer: ShardWriter, storage: Storage, name: str) -> ShardRecord:
+    """Upload a closed writer's tar and its index, and verify both.
+
+    The shard is not there before the caller writes its commit record.
+
+    Raises:
+        StorageFault: what arrived is not what was written.
+    """
+    with writer.path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = writer.path.stat().st_size
+    index = write_index(writer.rows)
+    sent = storage.upload(writer.path, f"{name}.tar")
+    storage.write_bytes(f"{name}.parquet", index)
+    if (sent.size, sent.sha256) != (size, sha256) or storage.read_bytes(f"{name}.parquet") != index:
+        raise StorageFault(f"{storage.url_of(name)}: the shard arrived changed")
+    return ShardRecord(
+        name=name.rpartition("/")[2],
+        samples=len(writer.rows),
+        bytes=size,
+        sha256=sha256,
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
