@@ -1,0 +1,307 @@
+"""A group of training workers: Ray Train places and restarts it, ``torch.distributed`` connects it.
+
+What ends a run and what restarts the group:
+
+* a process or a node dies: the group starts anew, up to ``max_failures`` times, and calls the function again;
+* the function raises: the run ends at once, on every worker. ``no_retry`` types reach the caller as they are.
+
+A death makes noise on the workers that live (connections reset in a collective), so such an error waits
+for its cause to be noticed before it counts as anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.config import ClusterConfig
+from cluster.errors import WorkerGroupError
+from cluster.resources import check_resources
+
+if TYPE_CHECKING:
+    import torch
+
+_TRACEBACK_LINES = 30
+_POLL_S = 1.0  # how often Ray looks after the workers
+_NOISE_WAIT_S = 15.0  # for the death behind a reset connection to be noticed; Ray needs a few seconds
+_START_FAILURES = 10  # a group that could not be started (60 s each where resources are missing)
+
+# What the living say when another process died: gloo's and NCCL's sockets, the store, a loader process.
+_NOISE = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket (closed|timeout)"
+    r"|gloo.*(peer|timed out)"
+    r"|nccl.*(remote|system|internal|unhandled|watchdog)|distnetworkerror|recvvalue failed|failed to recv"
+    r"|dataloader worker.*(killed|exited unexpectedly)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """Where a worker stands in its group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    device: torch.device
+
+
+def run_workers(
+    function: Callable[[WorkerContext, Any], None],
+    argument: Any,
+    *,
+    workers: int,
+    config: ClusterConfig,
+    name: str,
+    max_failures: int,
+    scratch: Path,
+    no_retry: tuple[type[BaseException], ...] = (ValueError,),
+) -> None:
+    """Calls ``function(context, argument)`` in ``workers`` processes and returns when all have returned.
+
+    ``torch.distributed`` is initialised in each (gloo on CPU, NCCL on CUDA). After a death the function is
+    called again from the start: it finds its own checkpoints. Ray must be connected (``cluster.session``).
+
+    Args:
+        function: importable or picklable, as is ``argument``.
+        name: of the run, for Ray's own logs.
+        max_failures: how many deaths of a process or node are made good.
+        scratch: a folder for Ray Train's own notes; nothing in it outlives its use.
+        no_retry: exceptions of the function that are raised here with their type and message, the worker's
+            traceback as ``__cause__``.
+
+    Raises:
+        ClusterError: the cluster cannot hold the workers.
+        WorkerGroupError: the function raised anything else, or workers died too often.
+        KeyboardInterrupt: on SIGINT, after the workers were stopped.
+    """
+    check_resources(config, workers)
+    trainer = TorchTrainer(
+        _Entry(function, argument, no_retry),
+        train_loop_config={},
+        torch_config=_GroupConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=config.worker.gpus > 0,
+            resources_per_worker=config.worker.bundle(),
+            placement_strategy=config.placement,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(scratch.absolute()),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_START_FAILURES),
+            callbacks=[_EndOnError()],
+        ),
+    )
+    with _quiet_ray_train(), _interruptible():
+        _fit(trainer, max_failures)
+
+
+def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+    from ray.train import ControllerError, TrainingFailedError
+    from ray.train import WorkerGroupError as RayWorkerGroupError
+
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        failure = error.controller_failure
+        if not isinstance(failure, _FunctionFailed):
+            raise WorkerGroupError(f"the workers could not be started: {_first_line(failure)}") from error
+        report = WorkerGroupError(
+            f"worker {failure.rank} failed: {failure.summary}\n{failure.traceback_tail}", failure.rank
+        )
+        if failure.original is not None:
+            raise failure.original from report
+        raise report from None
+    except RayWorkerGroupError as error:
+        rank, first = min(error.worker_failures.items(), default=(None, error))
+        raise WorkerGroupError(
+            f"worker {rank} died, and {max_failures} earlier deaths had been made good: {_first_line(first)}",
+            rank,
+        ) from error
+    except TrainingFailedError as error:
+        raise WorkerGroupError(_first_line(error)) from error
+
+
+class _FunctionFailed(Exception):
+    """The function raised on a worker. ``noise``: perhaps only the echo of another process's death."""
+
+    def __init__(
+        self, rank: int, summary: str, traceback_tail: str, original: BaseException | None, noise: bool
+    ) -> None:
+        super().__init__(rank, summary, traceback_tail, original, noise)
+        self.rank = rank
+        self.summary = summary
+        self.traceback_tail = traceback_tail
+        self.original = original
+        self.noise = noise
+
+
+class _EndOnError(UserCallback):
+    """In Ray's controller: raises where the function failed, which ends the run whatever retries are left.
+
+    (Ray itself retries on any exception. An error of the controller's is final.)
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        failures = [e for _, e in sorted(worker_exceptions.items()) if isinstance(e, _FunctionFailed)]
+        someone_died = len(failures) < len(worker_exceptions)
+        typed = [failure for failure in failures if failure.original is not None]
+        bugs = [failure for failure in failures if not failure.noise and not someone_died]
+        for failure in (*typed, *bugs):
+            raise failure
+
+
+class _Entry:
+    """What runs in each worker's training thread."""
+
+    def __init__(
+        self,
+        function: Callable[[WorkerContext, Any], None],
+        argument: Any,
+        no_retry: tuple[type[BaseException], ...],
+    ) -> None:
+        self._function = function
+        self._argument = argument
+        self._no_retry = no_retry
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        import torch
+        from ray.train import get_context
+        from ray.train.torch import get_device
+
+        ray_context = get_context()
+        context = WorkerContext(
+            rank=ray_context.get_world_rank(),
+            world_size=ray_context.get_world_size(),
+            local_rank=ray_context.get_local_rank(),
+            local_world_size=ray_context.get_local_world_size(),
+            node_rank=ray_context.get_node_rank(),
+            device=get_device(),
+        )
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        try:
+            self._function(context, self._argument)
+        except BaseException as error:  # passed on, whatever it is, in a form that always travels
+            failure = self._describe(context.rank, error)
+            if failure.noise:
+                time.sleep(_NOISE_WAIT_S)
+            raise failure from error
+
+    def _describe(self, rank: int, error: BaseException) -> _FunctionFailed:
+        text = "".join(traceback.format_exception(error))
+        typed = isinstance(error, self._no_retry)
+        return _FunctionFailed(
+            rank,
+            f"{type(error).__name__}: {_first_line(error)}",
+            "\n".join(text.splitlines()[-_TRACEBACK_LINES:]),
+            error if typed and _travels(error) else None,
+            not typed and _NOISE.search(f"{type(error).__name__}: {error}") is not None,
+        )
+
+
+def _travels(error: BaseException) -> bool:
+    """Whether an exception comes out of pickling with its type and message."""
+    from ray import cloudpickle
+
+    try:
+        copy = cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - an exception class may do anything in there
+        return False
+    return type(copy) is type(error) and str(copy) == str(error)
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _prepare_worker() -> None:
+    """Runs in a worker before its process group is made: what torch, gloo and DeepSpeed read from there."""
+    import psutil
+    import ray
+    import torch
+    from ray.train import get_context
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // get_context().get_local_world_size()))
+    address = ray.util.get_node_ip_address()
+    if address.startswith("127."):
+        # gloo would look up the host's name, which often leads to an outer address.
+        for interface, addresses in psutil.net_if_addrs().items():
+            if any(entry.address == "127.0.0.1" for entry in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's own, with the environment prepared first and without a polite farewell: a worker that waits in a
+    collective for one that failed would hold the farewell up for 30 s, and all are killed right after."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_prepare_worker)
+        super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        pass
+
+
+@dataclass
+class _GroupConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_GroupBackend]:
+        return _GroupBackend
+
+
+@contextmanager
+def _quiet_ray_train() -> Iterator[None]:
+    """Ray Train's settings: read from this process's environment, passed on to the workers."""
+    wanted = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same as in the driver
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers SIGINT by stopping the workers and ``sys.exit(0)``; outside it is a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == 0:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)

@@ -1,0 +1,167 @@
+"""Worker groups over a real local Ray: collectives, deaths, mistakes, DeepSpeed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError, WorkerGroupError
+from cluster.workers import WorkerContext, run_workers
+
+CONFIG = ClusterConfig()
+
+
+class Mistake(ValueError):
+    """Stands for a user's mistake that only a worker can notice."""
+
+
+def _note(folder: Path, context: WorkerContext, text: object) -> None:
+    """Leaves a file per call, so that a test can count how often which rank ran."""
+    (folder / f"rank{context.rank}-{time.time_ns()}").write_text(str(text))
+
+
+def _run(function: Any, folder: Path, max_failures: int = 2) -> list[str]:
+    notes = folder / "notes"
+    notes.mkdir()
+    try:
+        run_workers(
+            function,
+            notes,
+            workers=2,
+            config=CONFIG,
+            name="test",
+            max_failures=max_failures,
+            scratch=folder / "scratch",
+        )
+    finally:
+        written = sorted(notes.iterdir(), key=lambda path: path.name.rpartition("-")[2])
+        print([(path.name, path.read_text()) for path in written])
+    return [f"{path.name.partition('-')[0]} {path.read_text()}" for path in written]
+
+
+def _sum_of_ranks(context: WorkerContext, folder: Path) -> None:
+    import torch
+
+    value = torch.tensor([float(context.rank + 1)])
+    torch.distributed.all_reduce(value)
+    _note(folder, context, f"{value.item()} of {context.world_size} on {context.device}")
+
+
+@pytest.mark.slow
+def test_two_workers_reduce_over_gloo(ray_session: None, tmp_path: Path) -> None:
+    assert sorted(_run(_sum_of_ranks, tmp_path)) == ["rank0 3.0 of 2 on cpu", "rank1 3.0 of 2 on cpu"]
+
+
+def _killed_once(context: WorkerContext, folder: Path) -> None:
+    import torch
+
+    first_time = len(list(folder.glob(f"rank{context.rank}-*"))) == 0
+    _note(folder, context, "start")
+    torch.distributed.barrier()
+    if context.rank == 1 and first_time:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+    _note(folder, context, "end")
+
+
+@pytest.mark.slow
+def test_after_kill_9_of_a_worker_the_function_is_called_again(ray_session: None, tmp_path: Path) -> None:
+    notes = _run(_killed_once, tmp_path)
+    assert sorted(notes) == [
+        "rank0 end",
+        "rank0 start",
+        "rank0 start",
+        "rank1 end",
+        "rank1 start",
+        "rank1 start",
+    ]
+
+
+@pytest.mark.slow
+def test_more_deaths_than_allowed_end_the_run(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(WorkerGroupError, match="worker 1 died, and 0 earlier deaths") as caught:
+        _run(_killed_once, tmp_path, max_failures=0)
+    assert caught.value.rank == 1
+
+
+def _one_mistake(context: WorkerContext, folder: Path) -> None:
+    import torch
+
+    _note(folder, context, "start")
+    if context.rank == 0:
+        raise Mistake("train.stages[0].steps: 3 is odd")
+    torch.distributed.barrier()  # for ever: the other worker never comes
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_worker_is_raised_once_while_the_other_waits(
+    ray_session: None, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(Mistake, match=r"^train\.stages\[0\]\.steps: 3 is odd$") as caught:
+        _run(_one_mistake, tmp_path)
+    assert time.monotonic() - began < 40
+    assert "_one_mistake" in str(caught.value.__cause__)  # the worker's traceback is not lost
+    assert len(list((tmp_path / "notes").iterdir())) == 2  # each worker ran once
+
+
+def _one_bug(context: WorkerContext, folder: Path) -> None:
+    import torch
+
+    _note(folder, context, "start")
+    if context.rank == 1:
+        raise KeyError("no such objective")
+    torch.distributed.barrier()
+
+
+@pytest.mark.slow
+def test_a_bug_in_a_worker_ends_the_run_with_its_traceback(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(WorkerGroupError, match=r"worker 1 failed: KeyError: 'no such objective'") as caught:
+        _run(_one_bug, tmp_path)
+    assert 'raise KeyError("no such objective")' in str(caught.value)
+    assert len(list((tmp_path / "notes").iterdir())) == 2
+
+
+def _train_with_zero_1(context: WorkerContext, folder: Path) -> None:
+    import torch
+
+    from cluster.engine import prepare_deepspeed
+
+    prepare_deepspeed(context.device)
+    import deepspeed
+
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 1)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(module.parameters(), lr=0.05),
+        config={"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}},
+    )
+    inputs = torch.randn(4, 4, generator=torch.Generator().manual_seed(context.rank))
+    losses = []
+    for _ in range(5):
+        loss = (engine(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        engine.backward(loss)
+        engine.step()
+        torch.distributed.all_reduce(loss.detach())
+        losses.append(loss.item())
+    weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    _note(folder, context, f"{losses[-1] < losses[0]} {weights.sum().item():.6f}")
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_under_zero_1(ray_session: None, tmp_path: Path) -> None:
+    first, second = _run(_train_with_zero_1, tmp_path)
+    assert first.split()[1] == second.split()[1] == "True"
+    assert first.split()[2] == second.split()[2]  # both hold the same weights
+
+
+def test_workers_that_cannot_fit_are_refused(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"room for 4 of 9 workers of 1 CPU each; its nodes: 4 CPU"):
+        run_workers(
+            _sum_of_ranks, tmp_path, workers=9, config=CONFIG, name="x", max_failures=0, scratch=tmp_path
+        )
