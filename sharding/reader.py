@@ -204,8 +204,8 @@ class ShardReader:
     def _read_range(self, shard: int, offset: int, length: int, where: str) -> tuple[bytes, bool]:
         """The bytes, and whether they came from the cache."""
         record = self.manifest.shards[shard]
-        descriptor = self._local_file(shard, record)
         try:
+            descriptor = self._local_file(shard, record)
             if descriptor is not None:
                 data = os.pread(descriptor.number, length, offset)
             else:

@@ -93,14 +93,14 @@ def test_a_file_that_is_not_json_is_named(tmp_path, data):
 
 
 def test_of_many_that_create_a_file_at_once_exactly_one_does(storage):
-    start = threading.Barrier(8)
+    start = threading.Barrier(5)
 
     def create(number):
         start.wait()
         return storage.create_exclusive("claims/one", b"%d" % number * 5000)
 
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(create, range(8)))
+    with ThreadPoolExecutor(5) as pool:
+        made = list(pool.map(create, range(5)))
     assert sum(made) == 1
     assert storage.read_bytes("claims/one") == b"%d" % made.index(True) * 5000
     assert not storage.create_exclusive("claims/one", b"late")
