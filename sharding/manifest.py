@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sharding.errors import BadData, UserError
+from sharding.errors import UserError
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -127,8 +127,10 @@ def load_manifest(dataset: Storage) -> Manifest:
         raise UserError(
             f"no dataset at {dataset.url}: it has no {MANIFEST_PATH} (was `glscl prepare` finished?)"
         ) from None
-    except BadData as error:
-        raise UserError(f"{error.detail}: prepare the dataset again") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}: prepare the dataset again") from None
     if isinstance(value, dict) and value.get("format") == "glscl-dataset" and value.get("version") != 1:
         raise UserError(f"{url} has version {value.get('version')!r}; this program reads version 1")
     try:

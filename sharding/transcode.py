@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,19 +85,29 @@ def _frame_rate(data: bytes, max_pixels: int) -> float:
     return min((len(times) - 1) / span, 240.0) if span > 0 else 1.0
 
 
-def _at_rate(frames: Iterator[tuple[float, Any]], fps: float, limit: int) -> Iterator[Any]:
-    """At most ``limit`` frames at a constant rate: each holds from its own slot to the slot of the next."""
-    held, slot = None, 0
+def _at_rate(
+    frames: Iterator[tuple[float, np.ndarray]], rate: float, fps: float, limit: int
+) -> Iterator[np.ndarray]:
+    """At most ``limit`` frames at a constant ``fps``; ``rate`` is the source's.
+
+    Slot k shows the last frame of the source that began by k/fps::
+
+        source    0  1  2  3  4  5  6  7     8 frames at rate 4, thinned to fps 2
+        slots     0     1     2     3        shows 0 2 4 6
+    """
+    held, slot, end = None, 0, 0.0
     for time, frame in frames:
-        due = round(time * fps)
+        # A tenth of a slot forgives containers that round their times.
+        due = math.ceil(time * fps - 0.1)
         while held is not None and slot < due:
             if slot >= limit:
                 return
             yield held
             slot += 1
-        held = frame
-    if held is not None and slot < limit:
+        held, end = frame, time + 1 / rate
+    while held is not None and slot < min(limit, max(1, round(end * fps))):
         yield held
+        slot += 1
 
 
 def transcode_video(data: bytes, limits: ClipLimits) -> Encoded:
@@ -116,7 +126,7 @@ def transcode_video(data: bytes, limits: ClipLimits) -> Encoded:
         rate = _frame_rate(data, limits.max_pixels)
     fps = Fraction(min(rate, limits.fps or rate)).limit_denominator(1001)
     limit = max(1, min(limits.max_frames, int(limits.max_duration_s * fps)))
-    frames = _at_rate(_clip_frames(data, limits.max_pixels), float(fps), limit)
+    frames = _at_rate(_clip_frames(data, limits.max_pixels), rate, float(fps), limit)
     encoded, info = _encode_h264(frames, fps, limits)
     if len(encoded) > limits.max_bytes:
         raise BadData("clip-too-large", f"{len(encoded)} bytes, more than {limits.max_bytes}")

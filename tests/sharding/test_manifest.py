@@ -1,0 +1,69 @@
+"""Promises of the manifest: what names a dataset, and what becomes of a broken one."""
+
+import pytest
+
+from sharding.errors import UserError
+from sharding.manifest import MANIFEST_PATH, Counts, Manifest, ShardRecord, canonical_digest, load_manifest
+from sharding.storage import open_storage
+
+
+def _manifest(**changes):
+    values = {
+        "name": "pairs",
+        "modality": "image",
+        "configuration": {"b": 1, "a": 2},
+        "configuration_digest": "c" * 64,
+        "source": {"url": "file:///x", "inputs": 3, "digest": "d" * 64},
+        "shards": [
+            ShardRecord(
+                name="000000", samples=2, bytes=10, sha256="e" * 64, index_bytes=5, index_sha256="f" * 64
+            )
+        ],
+        "counts": Counts(read=3, kept=2, dropped={"duplicate": 1}),
+    }
+    return Manifest(**(values | changes))
+
+
+def test_a_manifest_comes_back_from_storage_with_the_same_digest(tmp_path):
+    storage = open_storage(tmp_path)
+    manifest = _manifest()
+    storage.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
+    loaded = load_manifest(storage)
+    assert loaded == manifest
+    assert loaded.digest == manifest.digest
+    assert loaded.samples == 2
+    assert (loaded.shards[0].tar, loaded.shards[0].index) == ("000000.tar", "000000.parquet")
+
+
+def test_the_digest_depends_on_content_and_not_on_the_order_of_keys():
+    assert _manifest().digest == _manifest(configuration={"a": 2, "b": 1}).digest
+    assert _manifest().digest != _manifest(dropped_keys=["000000-000001"]).digest
+    assert canonical_digest({"a": 1, "b": 2}) == canonical_digest({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no dataset at"),
+        (b"{", "prepare the dataset again"),
+        (b"[]", "not a dataset manifest"),
+        (b'{"format": "glscl-dataset", "version": 9}', "version 9"),
+        (b'{"format": "glscl-dataset", "version": 1}', "name"),
+    ],
+)
+def test_a_missing_or_broken_manifest_is_one_line_that_names_its_url(tmp_path, content, says):
+    storage = open_storage(tmp_path)
+    if content is not None:
+        storage.write_bytes(MANIFEST_PATH, content)
+    with pytest.raises(UserError, match=says) as caught:
+        load_manifest(storage)
+    assert storage.url in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_counts_add_up_by_cause():
+    total = Counts(read=3, kept=1, dropped={"b": 2}).plus(
+        Counts(read=4, kept=2, dropped={"a": 1, "b": 1}, captions_dropped={"c": 1})
+    )
+    assert total == Counts(read=7, kept=3, dropped={"a": 1, "b": 3}, captions_dropped={"c": 1})
+    assert list(total.dropped) == ["a", "b"]
