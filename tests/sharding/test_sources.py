@@ -1,0 +1,359 @@
+"""Promises of the sources: what is listed in which order, what a fetch refuses, and that nothing hangs."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+import time
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sharding.config import FetchConfig, PrepareConfig
+from sharding.errors import UserError
+from sharding.plan import make_plan, read_inputs, survey
+from sharding.sources import Input, open_source
+from sharding.sources.fetch import Fetcher, public_address
+from sharding.sources.folder import parse_sidecar
+from sharding.storage import open_storage
+
+
+def _source(path, storage=None, modality="image", **source):
+    config = PrepareConfig.model_validate({"source": {"path": str(path), **source}, "modality": modality})
+    return open_source(config, storage or open_storage(path if path.is_dir() else path.parent))
+
+
+def _table(path, **source):
+    return _source(path, **({"kind": "table", "path_column": "file", "caption_column": "text"} | source))
+
+
+def _list(source) -> tuple[list[Input], str]:
+    hasher = hashlib.sha256()
+    return list(source.inputs(hasher)), hasher.hexdigest()
+
+
+def test_a_folder_lists_its_media_by_path_with_their_sidecars(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.webp", "a.txt", "b.txt", "LICENSE", "clip.mp4", "b.x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    inputs, _ = _list(_source(tmp_path, kind="folder"))
+    assert [item.address for item in inputs] == ["a.JPG", "b.png", "b.x.png", "sub/c.webp"]
+    assert [item.sidecar for item in inputs] == ["a.txt", "b.txt", "b.x.txt", "sub/c.txt"]
+    clips, _ = _list(_source(tmp_path, kind="folder", modality="video", captions=".json"))
+    assert [item.address for item in clips] == ["clip.mp4", "sub/c.webp"]
+    assert clips[0].sidecar == "clip.json"
+
+
+def test_the_listing_digest_follows_names_sizes_and_sidecars_but_not_the_place(tmp_path):
+    digests = set()
+    for number, (name, media, caption) in enumerate(
+        [("a", b"1", b"x"), ("b", b"1", b"x"), ("a", b"12", b"x"), ("a", b"1", b"xy")]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"{name}.png").write_bytes(media)
+        (folder / f"{name}.txt").write_bytes(caption)
+        digests.add(_list(_source(folder, kind="folder"))[1])
+    assert len(digests) == 4
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "a.png").write_bytes(b"1")
+    (again / "a.txt").write_bytes(b"x")
+    assert _list(_source(again, kind="folder"))[1] in digests
+
+
+def test_a_missing_folder_and_one_without_media_are_user_errors(tmp_path):
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match="empty corpus: no image files"):
+        _list(_source(tmp_path, kind="folder"))
+    with pytest.raises(UserError, match="nowhere"):
+        _list(_source(tmp_path / "nowhere", storage=open_storage(tmp_path), kind="folder"))
+
+
+ROWS = [
+    {"file": "img/a.png", "text": "a", "more": ["b", "c"], "split": "train", "n": 1},
+    {"file": "/abs/b.png", "text": None, "more": [], "split": "train", "n": 2},
+    {"file": "s3://bucket/c.png", "text": "d", "more": None, "split": "test", "n": 3},
+]
+EXPECTED = [
+    Input(address="img/a.png", captions=["a", "b", "c"]),
+    Input(address="/abs/b.png", captions=[]),
+    Input(address="s3://bucket/c.png", captions=["d"]),
+]
+
+
+def _write_rows(path):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_tables_give_paths_and_captions_of_several_columns(tmp_path, suffix):
+    path = tmp_path / f"my table{suffix}"
+    _write_rows(path)
+    assert _list(_table(path, caption_column=["text", "more"]))[0] == EXPECTED
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("where", "kept"), [({"split": "train"}, 2), ({"n": [1, 3]}, 2), ({"n": 2, "split": "train"}, 1)]
+)
+def test_where_selects_rows(tmp_path, suffix, where, kept):
+    path = tmp_path / f"t{suffix}"
+    _write_rows(path)
+    assert len(_list(_table(path, where=where))[0]) == kept
+
+
+def test_csv_tables_are_read_with_quotes_and_byte_order_mark(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes('\ufefffile,text,n\na.png,"one, two\nthree",1\nb.png\nc.png,x,2,3\nd.png,y,2\n'.encode())
+    inputs, _ = _list(_table(path))
+    assert inputs[0] == Input(address="a.png", captions=["one, two\nthree"])
+    assert inputs[1] == Input(address="b.png", captions=[])
+    assert inputs[2].problem == "bad-row"
+    # A row that cannot be read cannot be selected by its columns either: it is counted, not lost.
+    assert [item.address for item in _list(_table(path, where={"n": 2}))[0]] == ["t.csv:5", "d.png"]
+
+
+def test_rows_that_cannot_be_read_are_listed_with_their_cause_and_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    lines = [
+        '{"file": "a.png", "text": 5}',
+        "{broken",
+        "[1]",
+        '{"text": "x"}',
+        '{"file": 7, "text": "x"}',
+        "",
+        '{"file": "b.png", "text": ["x", 3, "\\ud800"]}',
+        '{"file": "c.png", "text": "x"}\udcff',
+    ]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    inputs, _ = _list(_table(path))
+    assert [item.problem for item in inputs] == [
+        None,
+        "bad-row",
+        "bad-row",
+        "bad-address",
+        "bad-address",
+        None,
+        "bad-row",
+    ]
+    assert (inputs[0].captions, inputs[0].not_text) == ([], 1)
+    assert (inputs[5].captions, inputs[5].not_text) == (["x"], 2)
+    assert inputs[1].address == "t.jsonl:2"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".csv":
+        path.write_text("file,caption\na,b\n")
+    else:
+        _write_rows(path)
+    with pytest.raises(UserError, match=r"no column 'nope'; it has .*file"):
+        _list(_table(path, caption_column="nope"))
+
+
+def test_missing_empty_and_wrong_tables_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match=r"no such table: file://.*/t.jsonl"):
+        _list(_table(tmp_path / "t.jsonl"))
+    (tmp_path / "t.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"t\.jsonl"):
+        _list(_table(tmp_path / "t.jsonl"))
+    (tmp_path / "t.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        _list(_table(tmp_path / "t.parquet"))
+    _write_rows(tmp_path / "t.jsonl")
+    with pytest.raises(UserError, match="no rows match 'where'"):
+        _list(_table(tmp_path / "t.jsonl", where={"split": "none"}))
+
+
+def test_a_folder_of_tables_is_read_in_order_and_paths_are_relative_to_each(tmp_path):
+    for part in ("b", "a"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "t.jsonl").write_text(json.dumps({"file": "x.png", "text": part}))
+    assert [item.address for item in _list(_table(tmp_path))[0]] == ["a/x.png", "b/x.png"]
+
+
+def test_url_columns_hold_urls_only(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"u": "a.png", "text": "x"}\n{"u": "http://h/a.png", "text": "x"}\n')
+    inputs, _ = _list(_table(tmp_path / "t.jsonl", path_column=None, url_column="u"))
+    assert [item.problem for item in inputs] == ["bad-address", None]
+
+
+def test_the_plan_lists_the_inputs_of_each_task_and_is_made_once(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"file": f"{n}.png", "text": str(n)}) + "\n" for n in range(25)))
+    source, dataset = _table(path), open_storage(tmp_path / "out")
+    config = PrepareConfig.model_validate(
+        {
+            "source": {"kind": "table", "path": str(path), "path_column": "file", "caption_column": "text"},
+            "modality": "image",
+            "samples_per_shard": 10,
+        }
+    )
+    found = survey(source, lambda _: None)
+    plan = make_plan(source, found, config, dataset)
+    assert (plan.tasks, found.inputs) == (3, 25)
+    listed = [item.address for task in range(3) for item in read_inputs(dataset, task)]
+    assert listed == [f"{n}.png" for n in range(25)]
+    path.write_text(path.read_text() + json.dumps({"file": "late.png", "text": "x"}))
+    assert make_plan(source, found, config, dataset) == plan
+    with pytest.raises(UserError, match="changed while it was being listed"):
+        make_plan(source, found, config, open_storage(tmp_path / "other"))
+
+
+def test_listing_and_planning_take_no_more_memory_for_a_larger_corpus(tmp_path):
+    peaks = []
+    for rows in (2_000, 20_000):
+        path = tmp_path / f"{rows}.jsonl"
+        with path.open("w") as file:
+            for number in range(rows):
+                file.write(json.dumps({"file": f"{number}.png", "text": f"caption {number} " * 5}) + "\n")
+        config = PrepareConfig.model_validate(
+            {
+                "source": {
+                    "kind": "table",
+                    "path": str(path),
+                    "path_column": "file",
+                    "caption_column": "text",
+                },
+                "modality": "image",
+                "samples_per_shard": 500,
+            }
+        )
+        source, dataset = open_source(config, open_storage(tmp_path)), open_storage(tmp_path / f"out{rows}")
+        tracemalloc.start()
+        make_plan(source, survey(source, lambda _: None), config, dataset)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 200_000
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix", "expected"),
+    [
+        (b"\xef\xbb\xbfone\n\n two \r\n", ".txt", (["one", " two "], 0)),
+        (b'{"caption": "one"}', ".json", (["one"], 0)),
+        (b'{"captions": ["one", 2, null]}', ".json", (["one"], 2)),
+        (b'{"caption": 5}', ".json", ([], 1)),
+    ],
+)
+def test_sidecars_are_lines_or_json(data, suffix, expected):
+    assert parse_sidecar(data, suffix) == expected
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    tries = 0
+
+    def do_GET(self):
+        if self.path == "/flaky":
+            type(self).tries += 1
+            if type(self).tries == 1:
+                self.send_error(503)
+                return
+        if self.path == "/stall":
+            time.sleep(3)
+        if self.path in ("/missing", "/forbidden"):
+            self.send_error(404 if self.path == "/missing" else 403)
+            return
+        if self.path == "/to-file":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname")
+            self.end_headers()
+            return
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/ok")
+            self.end_headers()
+            return
+        body = b"x" * (5000 if self.path == "/large" else 10)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + (5 if self.path == "/cut" else 0)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    _Handler.tries = 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("/ok", None),
+        ("/moved", None),
+        ("/flaky", None),
+        ("/missing", "missing-file"),
+        ("/forbidden", "fetch-failed"),
+        ("/large", "too-many-bytes"),
+        ("/cut", "fetch-failed"),
+        ("/stall", "fetch-failed"),
+        ("/to-file", "fetch-failed"),
+    ],
+)
+def test_urls_are_fetched_within_limits_of_time_and_size(tmp_path, web, path, cause):
+    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(timeout_s=0.7), max_bytes=1000)
+    fetched = fetcher.fetch(Input(address=web + path, captions=["x"]))
+    assert (fetched.fault.cause if fetched.fault else None) == cause
+    assert fetched.media == (b"" if cause else b"x" * 10)
+
+
+def test_a_server_that_is_not_there_is_a_failed_fetch(tmp_path, web):
+    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(timeout_s=0.5, attempts=1), max_bytes=1000)
+    assert fetcher.fetch(Input(address="http://127.0.0.1:9/x")).fault.cause == "fetch-failed"
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [
+        ("here.png", None),
+        ("ABSOLUTE/here.png", None),
+        ("file://ABSOLUTE/here.png", None),
+        ("gone.png", "missing-file"),
+        ("../here.png", "bad-address"),
+        ("ftp://host/a.png", "bad-address"),
+        ("folder", "missing-file"),
+        ("large.png", "too-many-bytes"),
+    ],
+)
+def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):
+    (tmp_path / "here.png").write_bytes(b"x")
+    (tmp_path / "large.png").write_bytes(b"x" * 101)
+    (tmp_path / "folder").mkdir()
+    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(), max_bytes=100)
+    fault = fetcher.fetch(Input(address=address.replace("ABSOLUTE", str(tmp_path)))).fault
+    assert (fault.cause if fault else None) == cause
+
+
+def test_many_are_fetched_in_their_order(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
+    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(threads=4), max_bytes=100)
+    inputs = (Input(address=f"{number}.png") for number in range(30))
+    assert [fetched.media for fetched in fetcher.fetch_all(inputs)] == [
+        b"%d" % number for number in range(30)
+    ]
+
+
+def test_recorded_addresses_hold_no_secrets():
+    assert public_address("https://me:pw@host/a.png?id=3") == "https://host/a.png?id=3"
+    assert public_address("https://h/a?X-Amz-Signature=s&id=3&token=t") == "https://h/a?id=3"
+    assert public_address("folder/a?b@c.png") == "folder/a?b@c.png"
