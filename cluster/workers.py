@@ -292,7 +292,7 @@ def _quiet_ray_train() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ray Train answers SIGINT by stopping the workers and ``sys.exit(0)``; outside it is a KeyboardInterrupt."""
+    """Ray Train answers SIGINT by stopping the workers and ``sys.exit(0)``; here: KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
