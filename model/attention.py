@@ -14,8 +14,8 @@ def attend(
 
     ``mask`` is boolean, true where a key may be seen, and broadcasts to [B, heads, Q, N].
     """
-    split = [states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key, value)]
-    output = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=dropout)
+    query, key, value = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return output.transpose(1, 2).flatten(2)
 
 

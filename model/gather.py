@@ -41,7 +41,7 @@ def gather(local: Tensor) -> Tensor:
         return local.detach()
     local = local.detach().contiguous()
     everything = local.new_empty(workers * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(everything, local)
+    dist.all_gather(list(everything.chunk(workers)), local)
     return everything
 
 

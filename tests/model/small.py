@@ -1,0 +1,106 @@
+"""Small models and batches for the tests of ``model/``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GLSCLConfig, GLSCLForPreTraining, PretrainingMasks, draw_masks
+
+
+def small_config(**overrides: Any) -> GLSCLConfig:
+    """A model of a few thousand parameters, without dropout."""
+    values: dict[str, Any] = {
+        "image_size": 16,
+        "patch_size": 4,
+        "vocab_size": 60,
+        "mask_token_id": 59,
+        "max_text_length": 12,
+        "max_position_embeddings": 16,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vision_layers": 2,
+        "text_layers": 2,
+        "fusion_layers": 3,
+        "projection_size": 8,
+        "max_frames": 4,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return GLSCLConfig(**{**values, **overrides})
+
+
+def small_model(config: GLSCLConfig, dtype: torch.dtype = torch.float64) -> GLSCLForPreTraining:
+    """A model with every parameter away from its first value, so that no mistake hides behind it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GLSCLForPreTraining(config).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+            if name == "temperature.value":
+                parameter.fill_(0.07)
+            elif parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model
+
+
+@dataclass
+class Batch:
+    """Arguments of a pre-training forward."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    word_ids: Tensor
+    pixel_values: Tensor
+    valid: Tensor
+    seeds: list[int]
+    masks: PretrainingMasks
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples ``start`` to ``stop`` as the batch of one worker (a whole number of groups)."""
+        cut = {name: getattr(self.masks, name)[start:stop] for name in self.masks.__dataclass_fields__}
+        cut["itm_partner"] = cut["itm_partner"] - start
+        rest = (getattr(self, name)[start:stop] for name in list(self.__dataclass_fields__)[:-1])
+        return Batch(*rest, PretrainingMasks(**cut))  # type: ignore[arg-type]
+
+    def inputs(self) -> dict[str, Any]:
+        """As keyword arguments, without weights and group size."""
+        names = ("input_ids", "attention_mask", "pixel_values", "masks", "valid")
+        return {name: getattr(self, name) for name in names}
+
+
+def small_batch(
+    config: GLSCLConfig,
+    samples: int = 6,
+    frames: int = 1,
+    invalid: tuple[int, ...] = (),
+    group_size: int | None = None,
+    seed: int = 0,
+) -> Batch:
+    """Random texts of 3 to 12 tokens in words of one to three pieces, random pictures, drawn masks."""
+    generator = torch.Generator().manual_seed(seed)
+    length = config.max_text_length
+    ids = torch.full((samples, length), config.pad_token_id)
+    words = torch.full((samples, length), -1)
+    for row in range(samples):
+        count = int(torch.randint(1, length - 1, (), generator=generator)) if row else length - 2
+        ids[row, 0], ids[row, count + 1] = config.bos_token_id, config.eos_token_id
+        ids[row, 1 : count + 1] = torch.randint(4, config.mask_token_id, (count,), generator=generator)
+        words[row, 1 : count + 1] = torch.randint(0, 2, (count,), generator=generator).cumsum(0)
+        words[row, 1 : count + 1] -= int(words[row, 1])
+    mask = (ids != config.pad_token_id).long()
+    shape = (samples, frames, 3, config.image_size, config.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    valid = torch.ones(samples, dtype=torch.bool)
+    valid[list(invalid)] = False
+    seeds = [1000 * seed + row for row in range(samples)]
+    masks = draw_masks(config, ids, mask, words, valid, seeds, group_size or samples, config.num_patches)
+    return Batch(ids, mask, words, pixels, valid, seeds, masks)
