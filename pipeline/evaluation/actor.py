@@ -1,0 +1,104 @@
+"""The process that evaluates: takes an assignment, writes the numbers to the ledger, answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.evaluation.config import TaskConfig
+from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome
+from sharding.errors import BadData, BadDataLimit, StorageFault
+
+if TYPE_CHECKING:
+    from pipeline.training.checkpoints import Checkpoint
+    from sharding.storage import Storage
+
+_NICENESS = 5  # gives way to the training where both share cores
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One attempt at one evaluation; ``started`` in seconds since the epoch."""
+
+    run: Storage
+    checkpoint: Checkpoint
+    checkpoint_record: dict[str, Any]
+    task: TaskConfig
+    version: str
+    dataset: Storage
+    dataset_digest: str
+    tokenizer: str
+    attempt: int
+    started: float
+
+    @property
+    def key(self) -> EvaluationKey:
+        """Its place in the ledger."""
+        return EvaluationKey(self.checkpoint.digest[:16], self.task.name, self.version)
+
+    def outcome(self, metrics: Mapping[str, float] | None = None, cause: str | None = None) -> Outcome:
+        """The record of its end, now."""
+        return Outcome(
+            checkpoint=self.checkpoint_record,
+            task=self.task.name,
+            version=self.version,
+            dataset={"name": self.task.dataset, "digest": self.dataset_digest},
+            started=self.started,
+            finished=time.time(),
+            attempt=self.attempt,
+            metrics=dict(metrics or {}),
+            cause=cause,
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed; ``permanent`` when trying again must end the same way."""
+
+    cause: str
+    permanent: bool
+
+
+RunnerFactory = Callable[[], Callable[[Assignment], Mapping[str, float]]]
+
+
+class EvaluationActor:
+    """Evaluates one checkpoint after the other in one process, with one thread.
+
+    Args:
+        runner: makes the function that evaluates; called once, here, as it imports much.
+    """
+
+    def __init__(self, runner: RunnerFactory) -> None:
+        os.nice(_NICENESS)
+        self._evaluate = runner()
+
+    def ready(self) -> bool:
+        """Answers once the process is up."""
+        return True
+
+    def evaluate(self, assignment: Assignment) -> Outcome | Failure:
+        """Runs one attempt. Every error is an answer: the caller decides whether it is tried again."""
+        try:
+            metrics = self._evaluate(assignment)
+            return Ledger(assignment.run).finish(assignment.outcome(metrics))
+        except Exception as error:  # noqa: BLE001 - whatever fails is recorded with its cause, and reported
+            # Broken data and the user's mistakes (ValueError) are there at the next attempt too.
+            permanent = isinstance(error, BadData | BadDataLimit | ValueError | NotImplementedError)
+            return Failure(_cause(error), permanent and not isinstance(error, StorageFault))
+
+
+def _cause(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, BadData | BadDataLimit | ValueError | StorageFault) and text:
+        return text
+    place = ""
+    if error.__traceback__ is not None:
+        last = error.__traceback__
+        while last.tb_next is not None:
+            last = last.tb_next
+        place = f" at {os.path.basename(last.tb_frame.f_code.co_filename)}:{last.tb_lineno}"
+    return f"{type(error).__name__}: {text}{place}"
