@@ -1,0 +1,165 @@
+"""Sessions in processes of their own, as a user's command starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.fixtures.ray_cluster import RayCluster
+
+ROOT = Path(__file__).parents[2]
+
+REFUSALS = """
+import json, socket, sys, time
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError
+from cluster.session import session
+
+told = {}
+taken = socket.socket()
+taken.bind(("127.0.0.1", 0))
+taken.listen()
+port = taken.getsockname()[1]
+configs = {
+    "unreachable": ClusterConfig(address="127.0.0.1:9"),
+    "port": ClusterConfig(dashboard_port=port),
+    "workers": ClusterConfig(num_cpus=1),
+}
+for name, config in configs.items():
+    began = time.monotonic()
+    try:
+        with session(config, workers=2):
+            told[name] = "no error"
+    except ClusterError as error:
+        told[name] = str(error)
+    assert time.monotonic() - began < 20, name
+print("TOLD", json.dumps(told))
+"""
+
+# A worker that never ends: what is left of it when the driver goes is what the tests look at.
+HANGING = """
+import os, sys, tempfile, time
+from pathlib import Path
+from cluster.config import ClusterConfig
+from cluster.session import session
+from cluster.workers import run_workers
+
+def hang(context, folder):
+    Path(folder, f"rank{context.rank}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+
+folder = sys.argv[1]
+config = ClusterConfig(object_store_mb=80)
+with session(config, workers=1):
+    run_workers(hang, folder, workers=1, config=config, name="h", max_failures=0, scratch=Path(folder))
+"""
+
+CONNECTED = """
+import sys, ray
+from cluster.config import ClusterConfig
+from cluster.session import session
+with session(ClusterConfig(address=sys.argv[1], evaluations=2), workers=4):
+    print("NODES", len(ray.nodes()))
+"""
+
+
+def _start(code: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    clean = {
+        name: value for name, value in (environment or os.environ).items() if not name.startswith("RAY_")
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=clean,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@contextmanager
+def _hanging_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    driver = _start(HANGING, str(folder))
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "rank0").exists():
+            assert time.monotonic() < deadline and driver.poll() is None, (
+                driver.stdout and driver.stdout.read()
+            )
+            time.sleep(0.2)
+        yield driver, psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_refused_in_one_line() -> None:
+    output = _start(REFUSALS).communicate(timeout=60)[0]
+    told = json.loads(next(line for line in output.splitlines() if line.startswith("TOLD"))[5:])
+    assert told["unreachable"].startswith("no Ray cluster answers at 127.0.0.1:9")
+    assert told["port"].startswith("cluster.dashboard_port: ")
+    assert "in use" in told["port"]
+    assert told["workers"] == (
+        "the cluster has room for 1 of 2 workers of 1 CPU each; its nodes: 1 CPU, 1 evaluation"
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_run_and_every_process_and_only_loopback_was_open(tmp_path: Path) -> None:
+    with _hanging_run(tmp_path) as (driver, processes):
+        outside = [
+            (process.name(), connection.laddr)
+            for process in [psutil.Process(driver.pid), *processes]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN and "127.0.0.1" not in connection.laddr.ip
+        ]
+        assert outside == []
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=30) == 143
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
+
+
+@pytest.mark.slow
+def test_sigint_ends_the_run_as_a_keyboard_interrupt(tmp_path: Path) -> None:
+    with _hanging_run(tmp_path) as (driver, processes):
+        driver.send_signal(signal.SIGINT)
+        output = driver.communicate(timeout=30)[0]
+        assert driver.returncode != 0
+        assert output.splitlines()[-1] == "KeyboardInterrupt"
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_driver_leaves_no_trainer_running(tmp_path: Path) -> None:
+    with _hanging_run(tmp_path) as (driver, processes):
+        worker = psutil.Process(int((tmp_path / "rank0").read_text()))
+        assert worker in processes
+        names = {process.pid: process.name() for process in processes}
+        driver.kill()
+        worker.wait(timeout=30)
+        _, alive = psutil.wait_procs(processes, timeout=30)
+        # Ray's two small agents take up to a minute to notice.
+        assert {names[process.pid] for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    for process in alive:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_driver_joins_a_running_cluster(ray_cluster: RayCluster) -> None:
+    output = _start(CONNECTED, ray_cluster.gcs, environment=ray_cluster.environment).communicate(timeout=60)[
+        0
+    ]
+    assert "NODES 2" in output, output
