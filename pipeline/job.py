@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -46,45 +48,32 @@ def run_job(job: JobConfig, console: Console) -> None:
     storage = _open(job)
     with session(job.cluster, workers=job.train.workers):
         prepared = _prepare_all(job, storage, console)
-        run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
-        tracker = _open_tracker(job, run, prepared)
-        status = "FAILED"
-        try:
-            dispatcher = _dispatcher(job, storage, run, tracker)
+        with _tracked_run(job, storage, prepared) as (run, tracker):
+            dispatcher = _dispatcher(job, storage, run, tracker, prepared)
             dispatcher.start()
             try:
-                _train(job, storage, run, prepared, tracker, dispatcher, console)
+                _train(job, run, prepared, tracker, dispatcher, console)
                 _await_evaluations(dispatcher, console)
+                _close(job, run, tracker, dispatcher, console)
             finally:
                 dispatcher.stop()
-            _report(job, run, tracker, console)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.finish(status)
 
 
 def evaluate_job(job: JobConfig, console: Console) -> None:
-    """Evaluate the checkpoints of a job's run that are not evaluated yet, and print the table."""
+    """Evaluate the checkpoints of a job's run that are not evaluated yet (or failed), and print the table."""
     storage = _open(job)
     if not list_checkpoints(storage.at(run_path(job))):
         raise UserError(f"{storage.url_of(run_path(job))} holds no checkpoint to evaluate: train first (glscl run)")
     with session(job.cluster, workers=0):
         prepared = _prepare_all(job, storage, console)
-        run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
-        tracker = _open_tracker(job, run, prepared)
-        try:
-            dispatcher = _dispatcher(job, storage, run, tracker)
+        with _tracked_run(job, storage, prepared) as (run, tracker):
+            dispatcher = _dispatcher(job, storage, run, tracker, prepared, retry_failed=True)
             dispatcher.start()
             try:
                 _await_evaluations(dispatcher, console)
+                _close(job, run, tracker, dispatcher, console)
             finally:
                 dispatcher.stop()
-            _report(job, run, tracker, console)
-        finally:
-            tracker.finish("FINISHED")
 
 
 def _open(job: JobConfig) -> Storage:
@@ -97,10 +86,123 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
     prepared = {}
     for name, config in job.datasets.items():
         with show_progress(console, f"preparing {name}") as task:
-
-            def show(progress: Progress, task: object = task) -> None:
-                _show_preparation(progress, task)
-
-            prepared[name] = prepare(name, config, storage, in_flight=job.cluster.num_cpus or 2, progress=show)
-    print_counts(console, {name: dataset.manifest for name, dataset in prepared.items()})
+            prepared[name] = prepare(
+                name, config, storage, in_flight=_preparation_slots(), progress=lambda p, task=task: _show_preparation(p, task)
+            )
+        console.print(closing_table(prepared[name].manifest))
     return prepared
+
+
+def _preparation_slots() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _show_preparation(progress: Progress, task: Task) -> None:
+    note = f"{progress.phase}  {progress.rate:.0f} inputs/s"
+    dropped = sum(progress.counts.dropped.values())
+    if dropped:
+        note += f"  {dropped} dropped"
+    task.update(progress.done, note, total=progress.total or None)
+
+
+@contextmanager
+def _tracked_run(
+    job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset]
+) -> Iterator[tuple[RunFolder, Tracker]]:
+    """The run's folder and its MLflow run, whose status tells how the block ended."""
+    run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
+    digests = {f"data.{name}": dataset.manifest.digest for name, dataset in prepared.items()}
+    tracker = Tracker(
+        job.tracking.resolved(Path.cwd()),
+        name=job.name,
+        key=run.key,
+        params=flatten_params(job),
+        tags={**environment_tags(), **digests, "storage": run.storage.url},
+        existing_run_id=run.tracking_run,
+        on_open=run.note_tracking,
+    )
+    try:
+        yield run, tracker
+    except KeyboardInterrupt:
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+def _dispatcher(
+    job: JobConfig,
+    storage: Storage,
+    run: RunFolder,
+    tracker: Tracker,
+    prepared: dict[str, PreparedDataset],
+    *,
+    retry_failed: bool = False,
+) -> Dispatcher:
+    return Dispatcher(
+        run.storage,
+        job.evaluate,
+        {task.dataset: storage.at(prepared[task.dataset].path) for task in job.evaluate.tasks},
+        tokenizer=job.model.tokenizer,
+        on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
+        retry_failed=retry_failed,
+    )
+
+
+def _train(
+    job: JobConfig,
+    run: RunFolder,
+    prepared: dict[str, PreparedDataset],
+    tracker: Tracker,
+    dispatcher: Dispatcher,
+    console: Console,
+) -> None:
+    total = job.train.total_steps
+    finished = [checkpoint.step for checkpoint in list_checkpoints(run.storage)]
+    if finished and finished[-1] == total:
+        console.print(f"training is complete ({total} steps)", highlight=False)
+        return
+    scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
+    board = Board()
+    plan = TrainingPlan(
+        job=job.model_copy(update={"tracking": tracker.config}),
+        datasets={name: dataset.path for name, dataset in prepared.items()},
+        run_path=run.path,
+        tracking_key=run.key,
+        tracking_run=tracker.run_id,
+        scratch=scratch,
+        board=board,
+    )
+    with (
+        show_progress(console, f"training {job.name}", total) as task,
+        Watch(job, run.storage, board, tracker, dispatcher, task),
+    ):
+        run_workers(
+            train,
+            plan,
+            workers=job.train.workers,
+            config=job.cluster,
+            name=run.key,
+            max_failures=job.train.max_failures,
+            scratch=scratch / "ray",
+            no_retry=(ValueError, NonFiniteLoss, BadDataLimit, StorageFault),
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:
+    with show_progress(console, "evaluating") as task:
+        while not dispatcher.wait(timeout_s=1.0):
+            counts = dispatcher.counts()
+            done = counts.done + counts.failed
+            task.update(done, f"{counts.running} running", total=sum(counts))
+        counts = dispatcher.counts()
+        task.update(counts.done + counts.failed, f"{counts.failed} failed" if counts.failed else "", total=sum(counts))
+
+
+def _close(job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console) -> None:
+    """The closing table, to the terminal, the storage and MLflow; the best checkpoint gets its mark."""

@@ -1,3 +1,8 @@
 """Fixtures shared by every room's tests; each lives in a file of its own under ``tests/fixtures``."""
 
-pytest_plugins = ["tests.fixtures.s3", "tests.fixtures.ray_cluster", "tests.fixtures.corpora"]
+pytest_plugins = [
+    "tests.fixtures.s3",
+    "tests.fixtures.ray_cluster",
+    "tests.fixtures.corpora",
+    "tests.fixtures.jobs",
+]

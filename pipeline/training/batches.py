@@ -191,7 +191,7 @@ class StageDataset(Dataset[Sample]):
         else:
             positions = generator.random(self._stage.frames).tolist()
             frames = decode_video(raw.media, self._stage.frames, positions)
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        pixels = torch.tensor(frames).permute(0, 3, 1, 2)  # a copy: decoded arrays may be read-only
         # torchvision draws from torch's global generator; a fork seeded per sample keeps the draw the sample's own.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "augmentation"))
