@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,9 @@ _PART = 16 << 20  # of a multipart upload
 _MOST_PARTS = 10_000  # S3's limit
 _PARTS_AT_ONCE = 4
 _DELETE_AT_ONCE = 1000
+_PAGE = 1000  # of a listing; S3 gives no more
 _READ = 1 << 20
+_MARK = "glscl-writer"
 
 # What a client is made from besides the configuration: another value needs another client.
 _ENVIRONMENT = (
@@ -76,10 +79,6 @@ _NO_CREDENTIALS = (
 
 class _Short(ConnectionError):
     """A body that ended before the length its header promised."""
-
-
-class _Replaced(Exception):
-    """The object is another one than when the read began."""
 
 
 _clients: dict[tuple[Any, ...], S3FileSystem] = {}
@@ -178,7 +177,7 @@ class S3Backend:
             # Listing, unlike HEAD, is answered with a body that says what is wrong.
             self._call("list_objects_v2", "", attempts, Prefix=self._folder(""), MaxKeys=1)
             if write:
-                probe = f".glscl-{os.urandom(8).hex()}.part"
+                probe = f".glscl-{secrets.token_hex(8)}.part"
                 self._call("put_object", probe, attempts, Key=self._key(probe), Body=b"")
                 self._call("delete_object", probe, attempts, Key=self._key(probe))
         except StorageFault as error:
@@ -205,7 +204,9 @@ class S3Backend:
         token: dict[str, str] = {}
         more = True
         while more:
-            page = self._call("list_objects_v2", folder[skip:], Prefix=folder, Delimiter="/", **token)
+            page = self._call(
+                "list_objects_v2", folder[skip:], Prefix=folder, Delimiter="/", MaxKeys=_PAGE, **token
+            )
             found = [(entry["Key"], int(entry["Size"])) for entry in page.get("Contents", [])]
             found += [(entry["Prefix"], -1) for entry in page.get("CommonPrefixes", [])]
             for entry in found:
@@ -246,16 +247,13 @@ class S3Backend:
             try:
                 seen = sync(client.loop, _fetch, client, request, data)
             except OSError as error:
-                code = _understand(error).code
-                if code == "InvalidRange":
+                if _understand(error).code == "InvalidRange":
                     return  # nothing (more) from there on
-                if code in ("PreconditionFailed", "412"):
-                    raise _Replaced from None
                 raise
 
         try:
             self._retry(rest, path)
-        except _Replaced:
+        except FileExistsError:  # another version than the one asked for
             raise StorageFault(f"{self.url_of(path)} was replaced while it was read") from None
         return bytes(data)
 
@@ -263,22 +261,17 @@ class S3Backend:
         self._call("put_object", path, Key=self._key(path), Body=data)
 
     def create(self, path: str, data: bytes) -> bool:
-        tries = 0
-
-        def put() -> bool:
-            nonlocal tries
-            tries += 1
-            try:
-                self._once("put_object", Key=self._key(path), Body=data, IfNoneMatch="*")
-                return True
-            except (OSError, aws.ClientError) as error:
-                if _understand(error).code not in ("PreconditionFailed", "412"):
-                    raise
-                return False
-
-        created = self._retry(put, path)
-        # A first try may have been carried out although its answer was lost: then the file there is ours.
-        return created or (tries > 1 and self.read(path, 0, None, None) == data)
+        # A try may be carried out although its answer is lost (and aiohttp repeats a PUT on its own): the
+        # next one then finds the file, which is ours all the same. The mark in its metadata tells.
+        mark = secrets.token_hex(16)
+        try:
+            self._call(
+                "put_object", path, Key=self._key(path), Body=data, IfNoneMatch="*", Metadata={_MARK: mark}
+            )
+        except FileExistsError:
+            head = self._call("head_object", path, Key=self._key(path))
+            return bool(head.get("Metadata", {}).get(_MARK) == mark)
+        return True
 
     def upload(self, source: Path, path: str) -> tuple[int, str]:
         digest = hashlib.sha256()
@@ -379,7 +372,7 @@ class S3Backend:
                 return call()
             except (OSError, ValueError, aws.BotoCoreError, *_TRANSIENT_ERRORS) as error:
                 failure = _understand(error)
-                reason = self._hide(str(error) or type(error).__name__)
+                reason = self._hide(getattr(error, "strerror", None) or str(error) or type(error).__name__)
                 if not failure.transient:
                     raise self._translate(failure, path, reason) from None
                 if attempt == attempts:
@@ -396,6 +389,8 @@ class S3Backend:
         place = _endpoint(self._config) or "S3"
         if code == "NoSuchBucket":
             return UserError(f"{url}: bucket {self._bucket!r} does not exist at {place}")
+        if code in ("PreconditionFailed", "412"):
+            return FileExistsError(17, "exists already", url)
         if code in _NO_SUCH_FILE or code == "NoSuchUpload":
             return FileNotFoundError(2, "no such file", url)
         if code in _WRONG_KEY:
@@ -424,7 +419,7 @@ class S3Backend:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             if value := os.environ.get(name):
                 text = text.replace(value, "***")
-        return " ".join(text.split())
+        return " ".join(text.replace(" (reached max retries: 0)", "").split())
 
 
 async def _fetch(client: S3FileSystem, request: dict[str, Any], into: bytearray) -> str:
