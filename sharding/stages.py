@@ -189,7 +189,13 @@ def commit(work: Work, task: int) -> TaskRecord:
     shard = None
     tar = f"{_STAGED}/{shard_name(task)}.tar"
     if staged.shard is not None and staged.shard.samples > len(copies):
-        shard = _without(work.dataset, task, staged.shard, tar, copies)
+        try:
+            shard = _without(work.dataset, task, staged.shard, tar, copies)
+        except (BadData, FileNotFoundError):
+            # The staged shard broke (a full disk, a lost machine): encoding again gives the same bytes.
+            work.dataset.delete(_record_path(task, committed=False))
+            encode(work, task)
+            shard = _without(work.dataset, task, staged.shard, tar, copies)
     found = {"duplicate": len(copies)} if copies else {}
     counts = staged.counts.plus(Counts(kept=-len(copies), dropped=found))
     record = TaskRecord(task=task, shard=shard, counts=counts, examples=staged.examples)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from sharding.config import FetchConfig
 from sharding.errors import BadData, UserError
@@ -99,7 +99,8 @@ class Fetcher:
             bucket, _, path = rest.partition("/")
             root = f"s3://{bucket}"
         elif scheme == "file":
-            root, path = "file:///", rest.partition("/")[2]
+            path = rest.partition("/")[2]
+            root, path = "file:///", unquote(path) if "://" in address else path
         else:
             raise UserError(f"cannot open {scheme}:// addresses: {public_address(address)}")
         if root not in self._roots:
