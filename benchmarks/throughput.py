@@ -36,11 +36,15 @@ WARMUP = 3
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", type=Path)
     parser.add_argument("--stage", type=int, default=0, help="number of the stage, from 0")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each measurement")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the step (the loader has its own process)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the step (the loader has its own process)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     job = load_job(arguments.job)
@@ -57,7 +61,9 @@ def main() -> None:
         in_memory = list(itertools.islice(loader, 4))
         rates = {
             "loader alone": measure(loader, lambda batch: None),
-            "training step alone": measure(list(itertools.islice(itertools.cycle(in_memory), arguments.steps + WARMUP)), step),
+            "training step alone": measure(
+                list(itertools.islice(itertools.cycle(in_memory), arguments.steps + WARMUP)), step
+            ),
             "both together": measure(loader, step),
         }
         dist.destroy_process_group()
@@ -77,7 +83,9 @@ def open_readers(job: JobConfig, stage: StageBlock) -> dict[str, ShardReader]:
     return readers
 
 
-def make_loader(job: JobConfig, stage: StageBlock, readers: dict[str, ShardReader], steps: int) -> Iterable[Batch]:
+def make_loader(
+    job: JobConfig, stage: StageBlock, readers: dict[str, ShardReader], steps: int
+) -> Iterable[Batch]:
     """The stage's loader, cut to so many steps."""
     return stage_loader(
         stage.model_copy(update={"steps": steps}),
@@ -126,7 +134,9 @@ def measure(batches: Iterable[Batch], consume: Callable[[Batch], None]) -> float
 
 def print_table(job: JobConfig, stage: StageBlock, rates: dict[str, float]) -> None:
     """Samples/s and each rate's share of the step alone."""
-    table = Table(title=f"{job.name}, stage '{stage.name}', global batch {stage.global_batch or job.train.global_batch}")
+    table = Table(
+        title=f"{job.name}, stage '{stage.name}', global batch {stage.global_batch or job.train.global_batch}"
+    )
     table.add_column("what")
     table.add_column("samples/s", justify="right")
     table.add_column("of step alone", justify="right")

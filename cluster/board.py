@@ -23,7 +23,7 @@ class Board:
     """The newest note of each topic, in an actor of its own; may be handed to any task or worker."""
 
     def __init__(self) -> None:
-        self._actor = _BoardActor.remote()
+        self._actor = _BoardActor.remote()  # type: ignore[attr-defined]
 
     def post(self, topic: str, note: Any) -> None:
         """Replace the note of a topic; does not wait, and a lost note is no loss."""

@@ -27,10 +27,15 @@ app = typer.Typer(
 JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="JOB.yaml", show_default=False)]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", help="Override a field, e.g. `train.stages.0.steps=100`. May be repeated.", show_default=False),
+    typer.Option(
+        "--set",
+        help="Override a field, e.g. `train.stages.0.steps=100`. May be repeated.",
+        show_default=False,
+    ),
 ]
 Address = Annotated[
-    str, typer.Option(help="Address of the cluster's job server (Ray's dashboard), e.g. `http://127.0.0.1:8265`.")
+    str,
+    typer.Option(help="Address of the cluster's job server (Ray's dashboard), e.g. `http://127.0.0.1:8265`."),
 ]
 JobId = Annotated[str, typer.Argument(help="The id that `glscl submit` printed.", metavar="ID")]
 
@@ -42,7 +47,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo lives.")] = Path("glscl-demo"),
     storage: Annotated[
         str | None,
-        typer.Option(help="Object storage, e.g. `s3://bucket/prefix`. Default: a folder inside the demo's.", show_default=False),
+        typer.Option(
+            help="Object storage, e.g. `s3://bucket/prefix`. Default: a folder inside the demo's.",
+            show_default=False,
+        ),
     ] = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
@@ -118,7 +126,9 @@ def submit(
     from cluster import jobs
 
     config = _load(job, overrides)
-    submitted = jobs.submit(job, address, job_id=job_id, overrides=overrides, environment=config.cluster.environment)
+    submitted = jobs.submit(
+        job, address, job_id=job_id, overrides=overrides, environment=config.cluster.environment
+    )
     out = console()
     out.print(f"submitted as {submitted}", highlight=False)
     out.print(f"  glscl status {submitted} --address {address}", highlight=False, soft_wrap=True)

@@ -25,8 +25,10 @@ from sharding.errors import UserError
 from sharding.prepare import PrepareConfig
 from sharding.storage import StorageConfig
 
+ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
+
 #: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
-PAPER_OBJECTIVES: dict[str, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
+PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
 
 #: Keys of DeepSpeed's configuration that the job decides elsewhere, and where.
 DEEPSPEED_OWNED = {
@@ -43,7 +45,6 @@ DEEPSPEED_OWNED = {
 }
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
 
 
 class Block(BaseModel):
@@ -57,7 +58,9 @@ class ModelBlock(Block):
 
     preset: Literal["tiny", "base"] = "base"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    tokenizer: str = Field("builtin", description="'builtin' (RoBERTa's vocabulary) or a Hugging Face name or folder")
+    tokenizer: str = Field(
+        default="builtin", description="'builtin' (RoBERTa's vocabulary) or a Hugging Face name or folder"
+    )
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
@@ -93,10 +96,16 @@ class StageBlock(Block):
     objectives: Annotated[dict[ObjectiveName, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
         default_factory=lambda: dict(PAPER_OBJECTIVES)
     )
-    resolution: Annotated[int, Field(gt=0)] | None = Field(None, description="pixels; default: the model's image_size")
-    frames: Annotated[int, Field(ge=1, le=8)] = Field(4, description="frames drawn from a clip (images have one)")
-    global_batch: Annotated[int, Field(gt=0)] | None = Field(None, description="default: train.global_batch")
-    checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(None, description="steps; the stage's end always")
+    resolution: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="pixels; default: the model's image_size"
+    )
+    frames: Annotated[int, Field(ge=1, le=8)] = Field(
+        4, description="frames drawn from a clip (images have one)"
+    )
+    global_batch: Annotated[int, Field(gt=0)] | None = Field(default=None, description="default: train.global_batch")
+    checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="steps; the stage's end always"
+    )
     augmentation: AugmentationBlock = AugmentationBlock()
 
 
@@ -111,12 +120,18 @@ class TrainBlock(Block):
     """The training: workers, batch, optimizer, DeepSpeed and the stages."""
 
     workers: Annotated[int, Field(ge=1)] = 1
-    global_batch: Annotated[int, Field(gt=1)] = Field(4096, description="samples of one optimizer step")
-    accumulation: Annotated[int, Field(ge=1)] = Field(1, description="contrastive batches of one global batch")
-    lanes: Annotated[int, Field(ge=1)] = Field(64, description="see 'Sample order' in the README")
-    shuffle_window: Annotated[int, Field(ge=1)] = Field(16384, description="samples shuffled among each other")
+    global_batch: Annotated[int, Field(gt=1)] = Field(default=4096, description="samples of one optimizer step")
+    accumulation: Annotated[int, Field(ge=1)] = Field(
+        1, description="contrastive batches of one global batch"
+    )
+    lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
+    shuffle_window: Annotated[int, Field(ge=1)] = Field(
+        16384, description="samples shuffled among each other"
+    )
     loader_processes: Annotated[int, Field(ge=0)] = 1
-    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="local shard cache of a node; 0: range reads")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(
+        0, description="local shard cache of a node; 0: range reads"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -124,10 +139,14 @@ class TrainBlock(Block):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     fusion_multiplier: Annotated[float, Field(gt=0)] = 5.0
     head_multiplier: Annotated[float, Field(gt=0)] = 5.0
-    clipping: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm; null: none")
+    clipping: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="largest gradient norm; null: none"
+    )
     schedule: ScheduleBlock = ScheduleBlock()
     activation_checkpointing: bool = False
-    bad_sample_limit: Fraction = Field(0.01, description="share of unreadable samples above which the run stops")
+    bad_sample_limit: Fraction = Field(
+        0.01, description="share of unreadable samples above which the run stops"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts after a worker's death")
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     stages: Annotated[list[StageBlock], Field(min_length=1)]
@@ -148,7 +167,9 @@ class TrainBlock(Block):
             if key in self.deepspeed:
                 raise ValueError(f"train.deepspeed.{key} is decided by {owner}: set it there")
         if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"train.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3")
+            raise ValueError(
+                f"train.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
+            )
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError("train.precision: bf16 needs train.deepspeed.zero_optimization.stage 1, 2 or 3")
         if self.lanes % self.workers:
@@ -174,10 +195,14 @@ class TrainBlock(Block):
 class CheckpointBlock(Block):
     """When checkpoints are written and which are kept (the newest and those awaiting evaluation always are)."""
 
-    every: Annotated[int, Field(gt=0)] = Field(1000, description="steps; a stage may say otherwise")
+    every: Annotated[int, Field(gt=0)] = Field(default=1000, description="steps; a stage may say otherwise")
     keep_last: Annotated[int, Field(ge=1)] = 2
-    keep_every: Annotated[int, Field(gt=0)] | None = Field(None, description="keep those at multiples of so many steps")
-    keep_best: str | None = Field(None, description="'TASK/METRIC' whose best checkpoint is kept, e.g. images/t2i_R10")
+    keep_every: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="keep those at multiples of so many steps"
+    )
+    keep_best: str | None = Field(
+        default=None, description="'TASK/METRIC' whose best checkpoint is kept, e.g. images/t2i_R10"
+    )
 
 
 class JobConfig(Block):
@@ -201,13 +226,14 @@ class JobConfig(Block):
         model = GLSCLConfig.preset(self.model.preset, **self.model.overrides)
         for name in self.datasets:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ValueError(f"datasets: '{name}' is no name for a folder (letters, digits, '.', '_', '-')")
+                raise ValueError(
+                    f"datasets: '{name}' is no name for a folder (letters, digits, '.', '_', '-')"
+                )
         for stage in self.train.stages:
             for name in stage.mixture:
                 if name not in self.datasets:
-                    raise ValueError(
-                        f"stage '{stage.name}', mixture: there is no dataset '{name}'{did_you_mean(name, self.datasets)}"
-                    )
+                    hint = did_you_mean(name, self.datasets)
+                    raise ValueError(f"stage '{stage.name}', mixture: there is no dataset '{name}'{hint}")
             resolution = stage.resolution or model.image_size
             if resolution % model.patch_size:
                 raise ValueError(
@@ -334,7 +360,11 @@ def _explain(detail: Any) -> str:
 
 def _shown(value: Any, location: list[Any]) -> str:
     # A mistyped secret must not come back in an error text.
-    if any(word in str(part).lower() for part in location for word in ("secret", "access_key", "password", "token")):
+    if any(
+        word in str(part).lower()
+        for part in location
+        for word in ("secret", "access_key", "password", "token")
+    ):
         return "(hidden)"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

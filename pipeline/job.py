@@ -8,13 +8,16 @@ are found in the storage and not made twice.
 
 from __future__ import annotations
 
+import functools
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from cluster.board import Board
 from cluster.session import session
@@ -22,15 +25,16 @@ from cluster.workers import run_workers
 from pipeline.config import JobConfig
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
-from pipeline.progress import show_progress
+from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.health import NonFiniteLoss
 from pipeline.training.loop import TrainingPlan, train
-from pipeline.watch import Watch, checkpoint_entry
-from sharding.errors import UserError
+from pipeline.watch import Watch
+from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.prepare import PreparedDataset, Progress, prepare
-from sharding.report import print_counts
+from sharding.report import closing_table
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -63,7 +67,9 @@ def evaluate_job(job: JobConfig, console: Console) -> None:
     """Evaluate the checkpoints of a job's run that are not evaluated yet (or failed), and print the table."""
     storage = _open(job)
     if not list_checkpoints(storage.at(run_path(job))):
-        raise UserError(f"{storage.url_of(run_path(job))} holds no checkpoint to evaluate: train first (glscl run)")
+        raise UserError(
+            f"{storage.url_of(run_path(job))} holds no checkpoint to evaluate: train first (glscl run)"
+        )
     with session(job.cluster, workers=0):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
@@ -86,9 +92,8 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
     prepared = {}
     for name, config in job.datasets.items():
         with show_progress(console, f"preparing {name}") as task:
-            prepared[name] = prepare(
-                name, config, storage, in_flight=_preparation_slots(), progress=lambda p, task=task: _show_preparation(p, task)
-            )
+            show = functools.partial(_show_preparation, task)
+            prepared[name] = prepare(name, config, storage, in_flight=_preparation_slots(), progress=show)
         console.print(closing_table(prepared[name].manifest))
     return prepared
 
@@ -99,7 +104,7 @@ def _preparation_slots() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _show_preparation(progress: Progress, task: Task) -> None:
+def _show_preparation(task: Task, progress: Progress) -> None:
     note = f"{progress.phase}  {progress.rate:.0f} inputs/s"
     dropped = sum(progress.counts.dropped.values())
     if dropped:
@@ -201,8 +206,41 @@ def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:
             done = counts.done + counts.failed
             task.update(done, f"{counts.running} running", total=sum(counts))
         counts = dispatcher.counts()
-        task.update(counts.done + counts.failed, f"{counts.failed} failed" if counts.failed else "", total=sum(counts))
+        task.update(
+            counts.done + counts.failed, f"{counts.failed} failed" if counts.failed else "", total=sum(counts)
+        )
 
 
-def _close(job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console) -> None:
-    """The closing table, to the terminal, the storage and MLflow; the best checkpoint gets its mark."""
+def _close(
+    job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console
+) -> None:
+    """The closing tables, to the terminal, the storage and MLflow; the best checkpoint gets its mark."""
+    outcomes = dispatcher.outcomes()
+    if outcomes:
+        html, text = html_report(outcomes, job.name), text_report(outcomes)
+        run.storage.write_bytes("reports/evaluation.html", html.encode())
+        tracker.report(html, text)
+        print_report(outcomes, console)
+    best = dispatcher.best(job.checkpoints.keep_best) if job.checkpoints.keep_best else None
+    if best is not None and job.checkpoints.keep_best is not None:
+        metric = job.checkpoints.keep_best
+        tracker.best(best.entry(run.storage).checkpoint, metric, best.metrics[metric.partition("/")[2]])
+    _print_places(run, tracker, console, report=bool(outcomes))
+
+
+def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report: bool) -> None:
+    """Where everything is, and how to open the MLflow page."""
+    places = {
+        "run": run.storage.url,
+        "checkpoints": run.storage.url_of("checkpoints"),
+        "shards": run.root.url_of("datasets"),
+    }
+    if report:
+        places["report"] = run.storage.url_of("reports/evaluation.html")
+    uri = tracker.config.address
+    places["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if tracker.config.embedded else uri
+    grid = Table.grid(padding=(0, 2))
+    for what, where in places.items():
+        grid.add_row(what, where)
+    console.print()
+    console.print(grid, soft_wrap=True, highlight=False)

@@ -21,8 +21,9 @@ _FREE_TO_CHANGE = {"loader_processes", "cache_mb", "max_failures", "bad_sample_l
 
 @dataclass
 class RunFolder:
-    """The folder of one run. ``record`` is what run.json holds."""
+    """The folder of one run (``storage``) below the job's storage (``root``). ``record``: what run.json holds."""
 
+    root: Storage
     storage: Storage
     path: str
     record: dict[str, Any]
@@ -60,7 +61,7 @@ def open_run_folder(job: JobConfig, root: Storage, datasets: dict[str, str]) -> 
     record = read_record(storage)
     if record is not None:
         _refuse_change(record["configuration"], decisive, storage)
-        return RunFolder(storage, run_path(job), record)
+        return RunFolder(root, storage, run_path(job), record)
     record = {
         "format": "glscl-run",
         "version": 1,
@@ -69,7 +70,7 @@ def open_run_folder(job: JobConfig, root: Storage, datasets: dict[str, str]) -> 
         "datasets": datasets,
     }
     storage.write_json(RECORD, record)
-    return RunFolder(storage, run_path(job), record)
+    return RunFolder(root, storage, run_path(job), record)
 
 
 def read_record(storage: Storage) -> dict[str, Any] | None:
@@ -79,7 +80,9 @@ def read_record(storage: Storage) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except BadData as error:
-        raise UserError(f"{storage.url_of(RECORD)} is damaged ({error.detail}); give the job another name") from None
+        raise UserError(
+            f"{storage.url_of(RECORD)} is damaged ({error.detail}); give the job another name"
+        ) from None
     return record
 
 

@@ -30,14 +30,22 @@ def checkpoint_entry(run: Storage, checkpoint: Checkpoint) -> CheckpointEntry:
     """The checkpoint as MLflow shows it: a link and digests, no weights."""
     params = {f"data.{name}": digest for name, digest in checkpoint.record["data"].items()}
     params["stage_name"] = str(checkpoint.record["stage_name"])
-    return CheckpointEntry(checkpoint.step, checkpoint.stage, run.url_of(checkpoint.path), checkpoint.digest, params)
+    return CheckpointEntry(
+        checkpoint.step, checkpoint.stage, run.url_of(checkpoint.path), checkpoint.digest, params
+    )
 
 
 class Watch:
     """A thread beside the training, for the time of a ``with`` block."""
 
     def __init__(
-        self, job: JobConfig, run: Storage, board: Board, tracker: Tracker, dispatcher: Dispatcher, progress: Task
+        self,
+        job: JobConfig,
+        run: Storage,
+        board: Board,
+        tracker: Tracker,
+        dispatcher: Dispatcher,
+        progress: Task,
     ) -> None:
         self._job, self._run, self._board = job, run, board
         self._tracker, self._dispatcher, self._progress = tracker, dispatcher, progress
@@ -79,7 +87,9 @@ class Watch:
                 try:
                     self.look_at_checkpoints()
                 except StorageFault as error:
-                    logger.warning("checkpoints could not be looked at, next try in %g s: %s", _CHECKPOINTS_S, error)
+                    logger.warning(
+                        "checkpoints could not be looked at, next try in %g s: %s", _CHECKPOINTS_S, error
+                    )
 
     def _show_progress(self) -> None:
         news = self._board.read().get("training")

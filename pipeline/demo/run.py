@@ -32,7 +32,9 @@ def run_demo(folder: Path, storage_url: str | None, overrides: list[str], consol
     job = load_job(job_file, overrides)
     stage_corpus(job, console)
     run_job(job, console)
-    console.print(f"\nThe job's file: {job_file}. Run again after any interruption, it goes on: glscl run {job_file}")
+    console.print(
+        f"\nThe job's file: {job_file}. Run again after any interruption, it goes on: glscl run {job_file}"
+    )
 
 
 def stage_corpus(job: JobConfig, console: Console) -> None:
@@ -43,8 +45,13 @@ def stage_corpus(job: JobConfig, console: Console) -> None:
     corpus = Path(str(resources.files("pipeline.demo"))) / "corpus"
     present = {file.path: file.size for file in raw.list()}
     files = sorted(path for path in corpus.rglob("*") if path.is_file())
-    missing = [path for path in files if present.get(path.relative_to(corpus).as_posix()) != path.stat().st_size]
-    with show_progress(console, "staging the corpus", len(missing)) as task, ThreadPoolExecutor(_UPLOADS) as pool:
+    missing = [
+        path for path in files if present.get(path.relative_to(corpus).as_posix()) != path.stat().st_size
+    ]
+    with (
+        show_progress(console, "staging the corpus", len(missing)) as task,
+        ThreadPoolExecutor(_UPLOADS) as pool,
+    ):
         uploads = pool.map(lambda path: _upload(raw, corpus, path), missing)
         for done, _ in enumerate(uploads, start=1):
             task.update(done)

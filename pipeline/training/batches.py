@@ -209,9 +209,16 @@ def training_transform(augmentation: AugmentationBlock, size: int) -> v2.Transfo
     steps: list[v2.Transform] = []
     if augmentation.crop < 1.0:
         interpolation = v2.InterpolationMode.BILINEAR
-        steps.append(v2.RandomResizedCrop(size, scale=(augmentation.crop, 1.0), interpolation=interpolation, antialias=True))
+        steps.append(
+            v2.RandomResizedCrop(
+                size, scale=(augmentation.crop, 1.0), interpolation=interpolation, antialias=True
+            )
+        )
     else:
-        steps += [v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
+        steps += [
+            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(size),
+        ]
     if augmentation.flip > 0.0:
         steps.append(v2.RandomHorizontalFlip(augmentation.flip))
     if augmentation.rand_augment:

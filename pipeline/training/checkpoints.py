@@ -118,7 +118,14 @@ def delete_checkpoint(run: Storage, checkpoint: Checkpoint) -> None:
 
 
 def save_checkpoint(
-    engine: Any, run: Storage, context: WorkerContext, scratch: Path, *, step: int, stage: int, details: dict[str, Any]
+    engine: Any,
+    run: Storage,
+    context: WorkerContext,
+    scratch: Path,
+    *,
+    step: int,
+    stage: int,
+    details: dict[str, Any],
 ) -> Checkpoint:
     """Write and commit a checkpoint. Collective: every worker calls it at the same step.
 

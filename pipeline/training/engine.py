@@ -64,7 +64,7 @@ def build_engine(
     return engine, peaks
 
 
-def gradient_norm(engine: Any, train: TrainBlock) -> float:
+def gradient_norm(engine: Any) -> float:
     """Norm of the whole gradient before clipping, as DeepSpeed measured it in the last step.
 
     NaN where DeepSpeed does not say (ZeRO 0 in fp32 without clipping).

@@ -33,7 +33,13 @@ def readers(job: JobConfig, ray_session: None) -> dict[str, ShardReader]:
 
 
 def batches(
-    job: JobConfig, readers: dict[str, ShardReader], stage: int = 0, *, start: int = 0, worker: int = 0, workers: int = 1
+    job: JobConfig,
+    readers: dict[str, ShardReader],
+    stage: int = 0,
+    *,
+    start: int = 0,
+    worker: int = 0,
+    workers: int = 1,
 ) -> list[Batch]:
     loader = stage_loader(
         job.train.stages[stage],
@@ -83,11 +89,15 @@ def test_a_resumed_stage_gives_the_rest_of_the_same_batches(
         assert_same(rest[0], whole[start])
 
 
-def test_an_epoch_shows_each_sample_once_and_the_tail_is_masked(job: JobConfig, readers: dict[str, ShardReader]) -> None:
+def test_an_epoch_shows_each_sample_once_and_the_tail_is_masked(
+    job: JobConfig, readers: dict[str, ShardReader]
+) -> None:
     samples = readers["emoji"].manifest.samples
     assert samples == 40
     epoch = batches(job, readers)[:3]  # 40 samples in batches of 16: the third is half empty
-    seen = Counter(key for batch in epoch for key, valid in zip(batch.keys, batch.valid, strict=True) if valid)
+    seen = Counter(
+        key for batch in epoch for key, valid in zip(batch.keys, batch.valid, strict=True) if valid
+    )
     assert len(seen) == samples
     assert set(seen.values()) == {1}
     assert sum(int((~batch.valid).sum()) for batch in epoch) == 3 * 16 - samples
@@ -107,7 +117,9 @@ def test_accumulation_cuts_the_same_global_batch_into_contrastive_batches(
         assert sorted(both) == sorted(batch.keys)
 
 
-def test_a_batch_is_of_one_modality_and_a_clip_has_its_frames(job: JobConfig, readers: dict[str, ShardReader]) -> None:
+def test_a_batch_is_of_one_modality_and_a_clip_has_its_frames(
+    job: JobConfig, readers: dict[str, ShardReader]
+) -> None:
     stage = job.train.stages[1]
     picks = draw_mixture(job.seed, stage.name, stage.steps, stage.mixture)
     assert set(picks) == {"emoji", "clips"}
@@ -120,7 +132,9 @@ def test_a_batch_is_of_one_modality_and_a_clip_has_its_frames(job: JobConfig, re
 def test_the_mixture_follows_its_weights(job: JobConfig) -> None:
     counts = Counter(draw_mixture(1, "stage", 4000, {"a": 3, "b": 1}))
     assert counts["a"] / 4000 == pytest.approx(0.75, abs=0.03)
-    assert draw_mixture(1, "stage", 50, {"a": 3, "b": 1}) == draw_mixture(1, "stage", 80, {"a": 3, "b": 1})[:50]
+    assert (
+        draw_mixture(1, "stage", 50, {"a": 3, "b": 1}) == draw_mixture(1, "stage", 80, {"a": 3, "b": 1})[:50]
+    )
 
 
 def test_text_is_trimmed_to_the_longest_of_the_batch(job: JobConfig, readers: dict[str, ShardReader]) -> None:
@@ -153,7 +167,9 @@ def test_an_unreadable_sample_keeps_its_slot_masked_and_counted(
 
 def test_loader_processes_give_the_same_batches(job: JobConfig, readers: dict[str, ShardReader]) -> None:
     one = job.model_copy(update={"train": job.train.model_copy(update={"loader_processes": 1})})
-    for with_process, without in zip(batches(one, readers, start=6), batches(job, readers, start=6), strict=True):
+    for with_process, without in zip(
+        batches(one, readers, start=6), batches(job, readers, start=6), strict=True
+    ):
         assert_same(with_process, without)
 
 

@@ -17,7 +17,11 @@ def test_keeps_the_newest_the_multiples_the_best_the_pinned_and_the_ends_of_stag
     all_of_them = [checkpoint(step, stage_end=step == 50) for step in range(10, 101, 10)]
     rules = CheckpointBlock(keep_last=2, keep_every=40)
     gone = expendable(all_of_them, rules, pinned={20}, best=30)
-    assert steps(gone) == [10, 60, 70]  # kept: 20 pinned, 30 best, 40 and 80 multiples, 50 stage end, 90 and 100 newest
+    assert steps(gone) == [
+        10,
+        60,
+        70,
+    ]  # kept: 20 pinned, 30 best, 40 and 80 multiples, 50 stage end, 90 and 100 newest
 
 
 def test_without_further_rules_only_the_newest_stay_whatever_the_order_given() -> None:

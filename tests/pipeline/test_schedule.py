@@ -1,5 +1,6 @@
 """The learning rate is a function of the step alone."""
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def test_warms_up_linearly_over_a_tenth_then_falls_linearly_to_zero() -> None:
     assert scales[10] == 1.0
     assert scales[55] == pytest.approx(0.5)
     assert scales[100] == 0.0
-    assert all(a > b for a, b in zip(scales[10:], scales[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(scales[10:]))
 
 
 def test_cosine_is_half_way_down_in_the_middle_and_constant_stays() -> None:
