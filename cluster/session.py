@@ -59,10 +59,9 @@ def session(config: ClusterConfig, *, workers: int, temp_dir: Path | None = None
             else:
                 assert address is not None
                 _connect(config, address)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, _end)  # Ray has put one in place that exits with 15
             check_resources(config, workers)
-            yield
+            with _sigterm_as_exit():
+                yield
         finally:
             ray.shutdown()
 
@@ -181,8 +180,30 @@ def _as_found() -> Iterator[None]:
         _use_outer_address(outer)
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM within the block ends it by ``SystemExit(143)``.
+
+    On the way it is a KeyboardInterrupt: a SystemExit that a handler raises while Ray waits in its C++ code
+    ends the process on the spot, with status 1 and without any clean-up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    received = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if received:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
 
 
 def _use_outer_address(value: str | None) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import threading
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from cluster.resources import check_resources
 if TYPE_CHECKING:
     import torch
 
+_LOOPBACK = "127.0.0.1"
 _TRACEBACK_LINES = 30
 _POLL_S = 1.0  # how often Ray looks after the workers
 _NOISE_WAIT_S = 15.0  # for the death behind a reset connection to be noticed; Ray needs a few seconds
@@ -90,7 +91,7 @@ def run_workers(
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
     """
     check_resources(config, workers)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _Entry(function, argument, no_retry),
         train_loop_config={},
         torch_config=_GroupConfig(),
@@ -107,16 +108,21 @@ def run_workers(
             callbacks=[_EndOnError()],
         ),
     )
-    with _quiet_ray_train(), _interruptible():
+    with _quiet_ray_train():
         _fit(trainer, max_failures)
 
 
-def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+def _fit(trainer: _Trainer, max_failures: int) -> None:
+    import ray
     from ray.train import ControllerError, TrainingFailedError
     from ray.train import WorkerGroupError as RayWorkerGroupError
 
     try:
         trainer.fit()
+    except KeyboardInterrupt:
+        if trainer.controller is not None:
+            ray.kill(trainer.controller)  # the workers are its own and go with it
+        raise
     except ControllerError as error:
         failure = error.controller_failure
         if not isinstance(failure, _FunctionFailed):
@@ -135,6 +141,15 @@ def _fit(trainer: TorchTrainer, max_failures: int) -> None:
         ) from error
     except TrainingFailedError as error:
         raise WorkerGroupError(_first_line(error)) from error
+
+
+class _Trainer(TorchTrainer):
+    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up)."""
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
 
 
 class _FunctionFailed(Exception):
@@ -229,33 +244,81 @@ def _first_line(error: object) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _prepare_worker() -> None:
-    """Runs in a worker before its process group is made: what torch, gloo and DeepSpeed read from there."""
+def _prepare_worker() -> str:
+    """In a worker, before its process group: the environment that torch, gloo and DeepSpeed read.
+
+    Returns the node's address.
+    """
     import psutil
     import ray
     import torch
     from ray.train import get_context
 
+    context = get_context()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // get_context().get_local_world_size()))
-    address = ray.util.get_node_ip_address()
-    if address.startswith("127."):
+    os.environ.update(
+        {
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(max(1, cores // context.get_local_world_size())),
+            "RANK": str(context.get_world_rank()),
+            "WORLD_SIZE": str(context.get_world_size()),
+            "LOCAL_RANK": str(context.get_local_rank()),
+            "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        }
+    )
+    address = str(ray.util.get_node_ip_address())
+    if address == _LOOPBACK:
         # gloo would look up the host's name, which often leads to an outer address.
         for interface, addresses in psutil.net_if_addrs().items():
-            if any(entry.address == "127.0.0.1" for entry in addresses):
+            if any(entry.address == _LOOPBACK for entry in addresses):
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return address
+
+
+def _host_store_on_loopback(world_size: int) -> int:
+    """In the first worker: a store for the group that, unlike torch's default, only loopback reaches."""
+    import torch.distributed as dist
+
+    with socket.socket() as listener:
+        listener.bind((_LOOPBACK, 0))
+        listener.listen(128)
+        port = int(listener.getsockname()[1])
+        _stores.append(
+            dist.TCPStore(
+                _LOOPBACK, port, world_size, True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        )
+    return port
+
+
+def _join_on_loopback(port: int, backend: str, timeout_s: int) -> None:
+    import torch.distributed as dist
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.update({"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port)})
+    store = _stores[0] if rank == 0 else dist.TCPStore(_LOOPBACK, port, world_size, False)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+_stores: list[Any] = []  # in the first worker of a group on loopback; lives as long as the process
 
 
 class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's own, with the environment prepared first and without a polite farewell: a worker that waits in a
-    collective for one that failed would hold the farewell up for 30 s, and all are killed right after."""
+    """Ray's own, with the environment prepared first, nothing open to the outside where all is on one machine,
+    and no polite farewell: a worker that waits in a collective for one that failed would hold the farewell up
+    for 30 s, and all are killed right after."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_prepare_worker)
-        super().on_start(worker_group, backend_config)
+        addresses = worker_group.execute(_prepare_worker)
+        if set(addresses) != {_LOOPBACK}:
+            super().on_start(worker_group, backend_config)
+            return
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
+        port = worker_group.execute_single(0, _host_store_on_loopback, len(addresses))
+        worker_group.execute(_join_on_loopback, port, backend, backend_config.timeout_s)
 
     def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
         pass
@@ -288,20 +351,3 @@ def _quiet_ray_train() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train answers SIGINT by stopping the workers and ``sys.exit(0)``; here: KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if error.code == 0:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)

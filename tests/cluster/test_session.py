@@ -92,9 +92,8 @@ def _hanging_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psu
     try:
         deadline = time.monotonic() + 60
         while not (folder / "rank0").exists():
-            assert time.monotonic() < deadline and driver.poll() is None, (
-                driver.stdout and driver.stdout.read()
-            )
+            assert driver.poll() is None, driver.stdout and driver.stdout.read()
+            assert time.monotonic() < deadline
             time.sleep(0.2)
         yield driver, psutil.Process(driver.pid).children(recursive=True)
     finally:
