@@ -105,8 +105,13 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 (64 hex digits) of the manifest's canonical JSON: names the dataset."""
-        return canonical_digest(self.model_dump(mode="json"))
+        """sha256 (64 hex digits) that names the dataset: of what it holds, hence of every byte of its shards.
+
+        Not of how it was made or where from: the same corpus in another place, prepared the same way, is the
+        same dataset, and a training on it takes the same order.
+        """
+        held = {"format", "version", "modality", "shards", "dropped_keys"}
+        return canonical_digest(self.model_dump(mode="json", include=held))
 
     @property
     def samples(self) -> int:

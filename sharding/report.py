@@ -19,6 +19,7 @@ def closing_table(manifest: Manifest) -> Table:
     size = sum(shard.bytes for shard in manifest.shards)
     table = Table(
         title=f"{manifest.name}: {manifest.samples:,} samples in {len(manifest.shards):,} shards",
+        min_width=60,
         caption=f"{size / 2**20:,.1f} MiB, digest {manifest.digest[:12]}",
     )
     table.add_column("")

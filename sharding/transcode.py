@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,10 @@ from sharding.media import (
     upright,
     video_stream,
 )
+
+
+# The times of an animation are known by decoding it only: these many frames tell its rate.
+_FRAMES_MEASURED = 240
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def _complete(decoded: int, expected: int) -> None:
 def _frame_rate(data: bytes, max_pixels: int) -> float:
     """Average frames per second."""
     if is_animation(data):
-        times = [time for time, _ in animation(data, max_pixels)]
+        times = [time for time, _ in islice(animation(data, max_pixels), _FRAMES_MEASURED)]
     else:
         with open_clip(data) as container:
             stream = video_stream(container, max_pixels)

@@ -35,8 +35,10 @@ def test_a_manifest_comes_back_from_storage_with_the_same_digest(tmp_path):
     assert (loaded.shards[0].tar, loaded.shards[0].index) == ("000000.tar", "000000.parquet")
 
 
-def test_the_digest_depends_on_content_and_not_on_the_order_of_keys():
-    assert _manifest().digest == _manifest(configuration={"a": 2, "b": 1}).digest
+def test_the_digest_is_that_of_what_the_dataset_holds_wherever_it_came_from():
+    shard = _manifest().shards[0]
+    assert _manifest().digest == _manifest(source={"url": "s3://b/x", "inputs": 3, "digest": "d" * 64}).digest
+    assert _manifest().digest != _manifest(shards=[shard.model_copy(update={"sha256": "0" * 64})]).digest
     assert _manifest().digest != _manifest(dropped_keys=["000000-000001"]).digest
     assert canonical_digest({"a": 1, "b": 2}) == canonical_digest({"b": 2, "a": 1})
 

@@ -329,6 +329,7 @@ def test_s3_to_s3_makes_the_shards_that_a_folder_makes(tmp_path, corpus, ray_ses
     storage = Storage(s3_server.config(f"{bucket}/job"))
     prepared = prepare("pairs", _config(f"{bucket}/raw/pictures"), storage, in_flight=2)
     assert prepared.manifest.shards == expected.manifest.shards
+    assert prepared.manifest.digest == expected.manifest.digest
     assert prepared.manifest.counts == expected.manifest.counts
     stored = {
         name: digest for name, digest in _files(storage, prepared.path).items() if name.endswith(".tar")
