@@ -19,7 +19,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -29,10 +29,11 @@ from sharding.index import read_index
 from sharding.manifest import Manifest, ShardRecord
 from sharding.storage import Storage
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-_COLUMNS = [
-    "key", "extension", "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
+_NUMBERS = [
+    "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
     "crc32", "width", "height", "frames", "duration",
 ]  # fmt: skip
 _INDEX_BYTES = 128 << 20  # of indices held by a reader: some hundred shards of 10,000 samples
@@ -68,9 +69,19 @@ class _Descriptor:
         os.close(self.number)
 
 
-class _Entry(NamedTuple):
-    value: Any
-    size: int
+class _Index:
+    """What reading needs of a shard's index, in columns; ``size`` in bytes of memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        strings = table.select(["key", "extension"]).combine_chunks()
+        self.rows = len(table)
+        self._keys, self._extensions = (column.combine_chunks() for column in strings.columns)
+        self._numbers = {name: table[name].to_numpy() for name in _NUMBERS}
+        self.size = strings.nbytes + sum(column.nbytes for column in self._numbers.values())
+
+    def row(self, row: int) -> dict[str, Any]:
+        fields = {name: column[row].item() for name, column in self._numbers.items()}
+        return {"key": self._keys[row].as_py(), "extension": self._extensions[row].as_py(), **fields}
 
 
 class _Failed(NamedTuple):
@@ -99,8 +110,8 @@ class ShardReader:
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
-        self._indices: OrderedDict[int, _Entry] = OrderedDict()
-        self._files: OrderedDict[int, _Entry] = OrderedDict()
+        self._indices: OrderedDict[int, _Index] = OrderedDict()
+        self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._failed: dict[tuple[str, int], _Failed] = {}
         self._dropped = frozenset(self.manifest.dropped_keys)
 
@@ -132,7 +143,7 @@ class ShardReader:
         record = self.manifest.shards[shard]
         if not 0 <= row < record.samples or shard < 0:
             raise IndexError(f"no row {row} in shard {shard}, which has {record.samples} samples")
-        fields = {name: values[0] for name, values in self._index(shard).slice(row, 1).to_pydict().items()}
+        fields = self._index(shard).row(row)
         key = fields["key"]
         where = f"{self.dataset.url_of(record.tar)}, key {key}"
         if key in self._dropped:
@@ -167,21 +178,19 @@ class ShardReader:
             duration=fields["duration"],
         )
 
-    def _index(self, shard: int) -> pa.Table:
+    def _index(self, shard: int) -> _Index:
         with self._lock:
-            if entry := self._indices.get(shard):
+            if held := self._indices.get(shard):
                 self._indices.move_to_end(shard)
-                return entry.value
-        table = self._remember_failure("index", shard, lambda: self._load_index(self.manifest.shards[shard]))
+                return held
+        index = self._remember_failure("index", shard, lambda: self._load_index(self.manifest.shards[shard]))
         with self._lock:
-            self._indices[shard] = _Entry(table, table.nbytes)
-            while (
-                len(self._indices) > 1 and sum(entry.size for entry in self._indices.values()) > _INDEX_BYTES
-            ):
+            self._indices[shard] = index
+            while len(self._indices) > 1 and sum(each.size for each in self._indices.values()) > _INDEX_BYTES:
                 self._indices.popitem(last=False)
-        return table
+        return index
 
-    def _load_index(self, record: ShardRecord) -> pa.Table:
+    def _load_index(self, record: ShardRecord) -> _Index:
         url = self.dataset.url_of(record.index)
         try:
             data = self.dataset.read_bytes(record.index)
@@ -194,12 +203,12 @@ class ShardReader:
             )
             raise BadData("index-mismatch", detail)
         try:
-            table = read_index(data)
+            index = _Index(read_index(data))
         except ValueError as error:
             raise BadData("index-mismatch", f"{url}: {error}") from None
-        if len(table) != record.samples:
-            raise BadData("index-mismatch", f"{url} has {len(table)} rows, the manifest {record.samples}")
-        return table.select(_COLUMNS).combine_chunks()
+        if index.rows != record.samples:
+            raise BadData("index-mismatch", f"{url} has {index.rows} rows, the manifest {record.samples}")
+        return index
 
     def _read_range(self, shard: int, offset: int, length: int, where: str) -> tuple[bytes, bool]:
         """The bytes, and whether they came from the cache."""
@@ -223,9 +232,9 @@ class ShardReader:
         if path is None and self.cache is None:
             return None
         with self._lock:
-            if entry := self._files.get(shard):
+            if held := self._files.get(shard):
                 self._files.move_to_end(shard)
-                return entry.value
+                return held
         try:
             if path is not None:
                 number: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -237,7 +246,7 @@ class ShardReader:
             return None
         descriptor = _Descriptor(number)
         with self._lock:
-            self._files[shard] = _Entry(descriptor, 1)
+            self._files[shard] = descriptor
             while len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)
         return descriptor
@@ -250,7 +259,7 @@ class ShardReader:
             _log.warning("shard not cached, its samples are read one by one: %s", error)
             raise
 
-    def _remember_failure(self, kind: str, shard: int, call: Callable[[], Any]) -> Any:
+    def _remember_failure(self, kind: str, shard: int, call: Callable[[], _T]) -> _T:
         """``call()``; its BadData is raised again for a while without asking, as a shard has thousands of
         samples.
         """

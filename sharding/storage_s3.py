@@ -229,11 +229,14 @@ class S3Backend:
         data = bytearray()
         seen = version
 
+        def note(tag: str) -> None:
+            nonlocal seen
+            seen = tag
+
         def rest() -> None:
             """Fetch what is still wanted; on a fault ``data`` keeps what came, and the next try goes on from
             there.
             """
-            nonlocal seen
             start = offset + len(data)
             if length is not None and len(data) >= length:
                 return
@@ -245,16 +248,21 @@ class S3Backend:
                 request["IfMatch"] = seen
             client = _client(self._config)
             try:
-                seen = sync(client.loop, _fetch, client, request, data)
+                sync(client.loop, _fetch, client, request, data, note)
             except OSError as error:
                 if _understand(error).code == "InvalidRange":
                     return  # nothing (more) from there on
                 raise
 
-        try:
-            self._retry(rest, path)
-        except FileExistsError:  # another version than the one asked for
-            raise StorageFault(f"{self.url_of(path)} was replaced while it was read") from None
+        for last in (False, True):
+            try:
+                self._retry(rest, path)
+                break
+            except FileExistsError:  # another version than the one begun with
+                if version is not None or last:
+                    raise StorageFault(f"{self.url_of(path)} was replaced while it was read") from None
+                data.clear()  # whoever asked for no version gets the new one, from its start
+                seen = None
         return bytes(data)
 
     def write(self, path: str, data: bytes) -> None:
@@ -422,9 +430,14 @@ class S3Backend:
         return " ".join(text.replace(" (reached max retries: 0)", "").split())
 
 
-async def _fetch(client: S3FileSystem, request: dict[str, Any], into: bytearray) -> str:
-    """Append the body of one GET to ``into`` as it comes; returns its ETag."""
+async def _fetch(
+    client: S3FileSystem, request: dict[str, Any], into: bytearray, note: Callable[[str], None]
+) -> None:
+    """Append the body of one GET to ``into`` as it comes; its ETag is noted before, for who must go on after
+    a cut.
+    """
     response = await client._call_s3("get_object", **request)
+    note(str(response.get("ETag", "")))
     body, start = response["Body"], len(into)
     try:
         while chunk := await body.read(_READ):
@@ -433,4 +446,3 @@ async def _fetch(client: S3FileSystem, request: dict[str, Any], into: bytearray)
         body.close()
     if len(into) - start != response["ContentLength"]:
         raise _Short(f"got {len(into) - start} of {response['ContentLength']} bytes")
-    return str(response.get("ETag", ""))

@@ -190,7 +190,7 @@ def test_memory_for_indices_and_open_files_is_bounded(tmp_path, monkeypatch):
     for _ in range(2):
         for shard in range(30):
             assert reader.read(shard, 1).media == media_of(shard, 1, 10)
-        assert sum(entry.size for entry in reader._indices.values()) <= 3000
+        assert sum(index.size for index in reader._indices.values()) <= 3000
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     del reader
     assert len(os.listdir("/proc/self/fd")) <= before

@@ -129,6 +129,16 @@ def test_a_read_that_breaks_goes_on_by_range_from_where_it_broke(storage, proxy)
     assert proxy.requests == [("GET", "bytes=1000-2999"), ("GET", "bytes=2000-2999")]
 
 
+def test_a_read_that_breaks_while_the_file_is_replaced_gives_the_new_file_whole(storage, proxy, monkeypatch):
+    old, new = b"o" * 100_000, b"n" * 120_000
+    storage.write_bytes("file", old)
+    proxy.faults.append("cut")
+    with monkeypatch.context() as patch:
+        # The pause after the broken answer is when the other writer comes.
+        patch.setattr("sharding.storage_s3.time.sleep", lambda _: storage.write_bytes("file", new))
+        assert storage.read_bytes("file") == new
+
+
 @pytest.mark.parametrize("fault", ["busy", "page", "stall", "reset", "cut", "lost"])
 def test_every_call_outlasts_a_transient_fault(storage, proxy, fault, tmp_path):
     data = os.urandom(100_000)
@@ -179,9 +189,10 @@ def test_a_create_whose_answer_was_lost_is_still_ours_and_one_that_lost_the_race
     assert storage.read_bytes("claim") == b"mine"
 
 
-def test_a_large_upload_goes_in_parts_and_outlasts_faults(storage, proxy, s3_server, tmp_path):
+def test_a_large_upload_goes_in_parts_and_outlasts_faults(storage, proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr("sharding.storage_s3._PART", 5 << 20)  # the least that S3 allows
     storage = Storage(storage.config.model_copy(update={"read_timeout_s": 20}))
-    data = os.urandom(50 << 20)
+    data = os.urandom(12 << 20)
     (tmp_path / "source").write_bytes(data)
     proxy.faults.extend(["POST:busy", "PUT:busy", "PUT:reset", "PUT:lost", "POST:lost"])
     sent = storage.upload(tmp_path / "source", "large")
@@ -194,7 +205,7 @@ def test_a_large_upload_goes_in_parts_and_outlasts_faults(storage, proxy, s3_ser
 def test_an_upload_in_parts_that_fails_leaves_no_parts_behind(
     storage, proxy, s3_server, tmp_path, monkeypatch
 ):
-    (tmp_path / "source").write_bytes(bytes(50 << 20))
+    (tmp_path / "source").write_bytes(bytes(12 << 20))
     bucket = storage.url.removeprefix("s3://").partition("/")[0]
 
     def spoil(self, operation, *arguments, **request):
@@ -205,6 +216,7 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts_behind(
     from sharding.storage_s3 import S3Backend
 
     true_call = S3Backend._call
+    monkeypatch.setattr("sharding.storage_s3._PART", 5 << 20)
     storage = Storage(storage.config.model_copy(update={"read_timeout_s": 20}))
     monkeypatch.setattr(S3Backend, "_call", spoil)
     with pytest.raises(StorageFault, match="spoilt"):
