@@ -27,7 +27,9 @@ class Runner:
 
     def __init__(self) -> None:
         import torch
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of loading weights, in the middle of the training's own
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(1)

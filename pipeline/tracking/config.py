@@ -32,7 +32,8 @@ class TrackingConfig(BaseModel):
         system_s: seconds between two measurements of memory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An address may hold a password: pydantic must not quote it.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     uri: str | None = Field(default=None, repr=False)
     experiment: str = Field(default="glscl", min_length=1, max_length=500)

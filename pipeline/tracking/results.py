@@ -158,13 +158,13 @@ class RunResults:
         ]
         marks = [] if entry.error is None else [RunTag("error", entry.error[:5000])]
         self._client.log_batch(run_id, metrics=metrics, tags=marks)
-        self._client.set_terminated(run_id, status=wanted, end_time=moment)
-        self._evaluated[key] = (run_id, wanted)
-        if entry.error is None:
+        if metrics:
             # On the parent too, so that its charts show the curve over training steps.
             self._client.log_batch(
                 self._run.run_id, metrics=[Metric(m.key, m.value, moment, m.step) for m in metrics]
             )
+        self._client.set_terminated(run_id, status=wanted, end_time=moment)  # last: it says that all is there
+        self._evaluated[key] = (run_id, wanted)
         return run_id
 
     def mark_best(self, checkpoint: CheckpointEntry, metric: str, value: float) -> None:

@@ -253,6 +253,10 @@ def test_a_store_that_mlflow_cannot_open_is_refused_before_anything_starts() -> 
     for uri in ("file:///tmp/runs", "./mlruns", "htp://host"):
         with pytest.raises(ValidationError, match="sqlite:///"):
             TrackingConfig(uri=uri)
+    with pytest.raises(ValidationError) as error:
+        TrackingConfig(uri="ftp://me:hunter2@host")
+    assert "hunter2" not in str(error.value)
+    assert "hunter2" not in repr(TrackingConfig(uri="http://me:hunter2@host"))
 
 
 def test_a_relative_store_is_the_same_file_for_every_process(tmp_path: Path) -> None:
@@ -299,10 +303,12 @@ def test_a_run_that_started_without_the_server_is_made_when_it_comes(tmp_path: P
         logger.log(step, {"loss": float(step)})
     assert tracker.run_id is None
     try:
+        tracker.report("<html>report</html>", "report")
         late.start()
         assert tracker.finish(timeout_s=60)
         assert tracker.run_id is not None
         assert logger.close(60) == 0
         assert history(config, tracker.run_id, "loss") == [(step, float(step)) for step in range(1, 21)]
+        assert len(connect(config).list_artifacts(tracker.run_id, "evaluation")) == 2
     finally:
         late.kill()
