@@ -113,6 +113,7 @@ class ShardReader:
         self._indices: OrderedDict[int, _Index] = OrderedDict()
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._failed: dict[tuple[str, int], _Failed] = {}
+        self._is_local = self.dataset.local_path("") is not None
         self._dropped = frozenset(self.manifest.dropped_keys)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,38 +146,50 @@ class ShardReader:
             raise IndexError(f"no row {row} in shard {shard}, which has {record.samples} samples")
         fields = self._index(shard).row(row)
         key = fields["key"]
-        where = f"{self.dataset.url_of(record.tar)}, key {key}"
         if key in self._dropped:
-            raise BadData("dropped", f"{where}: dropped by the manifest")
+            raise BadData("dropped", f"{self._where(record, key)}: dropped by the manifest")
         members = [(fields[f"{name}_offset"], fields[f"{name}_size"]) for name in ("media", "text", "json")]
         begin = min(offset for offset, _ in members)
         end = max(offset + size for offset, size in members)
 
-        def part(data: bytes, name: str) -> bytes:
-            offset = fields[f"{name}_offset"] - begin
-            return data[offset : offset + fields[f"{name}_size"]]
+        def read() -> tuple[bytes, bytes, bool]:
+            """The media and JSON members, and whether they came from the cache."""
+            data, cached = self._read_range(shard, begin, end - begin, key)
+            media, description = (
+                data[at - begin : at - begin + size] for at, size in (members[0], members[2])
+            )
+            return media, description, cached
 
-        data, cached = self._read_range(shard, begin, end - begin, where)
-        if zlib.crc32(part(data, "media")) != fields["crc32"] and cached and self.cache is not None:
+        media, description, cached = read()
+        if cached and self.cache is not None and zlib.crc32(media) != fields["crc32"]:
             # The copy was verified when it came: this disk has damaged it since.
-            _log.warning("%s: the cached copy is damaged: discarded", where)
+            _log.warning("%s: the cached copy is damaged: discarded", self._where(record, key))
             self.cache.discard(record.sha256)
             with self._lock:
                 self._files.pop(shard, None)
-            data, _ = self._read_range(shard, begin, end - begin, where)
-        media = part(data, "media")
+            media, description, _ = read()
         if zlib.crc32(media) != fields["crc32"]:
-            raise BadData("crc-mismatch", f"{where}: its bytes are not those that were written")
+            detail = f"{self._where(record, key)}: its bytes are not those that were written"
+            raise BadData("crc-mismatch", detail)
+        try:
+            captions = _captions(description)
+        except ValueError as error:
+            raise BadData(
+                "bad-json", f"{self._where(record, key)}: no captions in its JSON ({error})"
+            ) from None
         return RawSample(
             key=key,
             media=media,
             extension=fields["extension"],
-            captions=_captions(part(data, "json"), where),
+            captions=captions,
             width=fields["width"],
             height=fields["height"],
             frames=fields["frames"],
             duration=fields["duration"],
         )
+
+    def _where(self, record: ShardRecord, key: str) -> str:
+        return f"{self.dataset.url_of(record.tar)}, key {key}"
 
     def _index(self, shard: int) -> _Index:
         with self._lock:
@@ -210,7 +223,7 @@ class ShardReader:
             raise BadData("index-mismatch", f"{url} has {index.rows} rows, the manifest {record.samples}")
         return index
 
-    def _read_range(self, shard: int, offset: int, length: int, where: str) -> tuple[bytes, bool]:
+    def _read_range(self, shard: int, offset: int, length: int, key: str) -> tuple[bytes, bool]:
         """The bytes, and whether they came from the cache."""
         record = self.manifest.shards[shard]
         try:
@@ -220,23 +233,22 @@ class ShardReader:
             else:
                 data = self.dataset.read_bytes(record.tar, offset, length)
         except FileNotFoundError:
-            raise BadData("missing-shard", f"{where}: the shard does not exist") from None
+            raise BadData("missing-shard", f"{self._where(record, key)}: the shard does not exist") from None
         if len(data) != length:
-            detail = f"{where}: the shard ends at byte {offset + len(data)}, {record.bytes} in the manifest"
-            raise BadData("truncated-shard", detail)
-        return data, descriptor is not None and self.dataset.local_path(record.tar) is None
+            short = f"the shard ends before byte {offset + length} of the {record.bytes} in the manifest"
+            raise BadData("truncated-shard", f"{self._where(record, key)}: {short}")
+        return data, descriptor is not None and not self._is_local
 
     def _local_file(self, shard: int, record: ShardRecord) -> _Descriptor | None:
         """The shard as an open file of this machine, if it is one or the cache can have it."""
-        path = self.dataset.local_path(record.tar)
-        if path is None and self.cache is None:
+        if not self._is_local and self.cache is None:
             return None
         with self._lock:
             if held := self._files.get(shard):
                 self._files.move_to_end(shard)
                 return held
         try:
-            if path is not None:
+            if path := self.dataset.local_path(record.tar):
                 number: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             else:
                 number = self._remember_failure("cache", shard, lambda: self._open_cached(record))
@@ -273,11 +285,9 @@ class ShardReader:
             raise
 
 
-def _captions(data: bytes, where: str) -> list[str]:
-    try:
-        captions = json.loads(data.decode("utf-8"))["captions"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadData("bad-json", f"{where}: its JSON member holds no captions ({error})") from None
+def _captions(data: bytes) -> list[str]:
+    value = json.loads(data.decode("utf-8"))
+    captions = value.get("captions") if isinstance(value, dict) else None
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise BadData("bad-json", f"{where}: its captions are not a list of texts")
+        raise ValueError("they must be a list of texts")
     return captions
