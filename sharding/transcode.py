@@ -29,7 +29,6 @@ from sharding.media import (
     video_stream,
 )
 
-
 # The times of an animation are known by decoding it only: these many frames tell its rate.
 _FRAMES_MEASURED = 240
 

@@ -61,7 +61,12 @@ class TableListing:
             if not self._root.exists(self._file):
                 raise UserError(f"no such table: {self._root.url_of(self._file)}")
             return [self._file]
-        self._root.check(write=False)
+        try:
+            self._root.check(write=False)
+        except UserError as error:
+            raise UserError(
+                f"{error} (a table is a {', '.join(_SUFFIXES)} file, or a folder of them)"
+            ) from None
         files = [path for path, _ in self._root.list() if path.lower().endswith(_SUFFIXES)]
         if not files:
             raise UserError(f"no tables ({', '.join(_SUFFIXES)}) below {self._root.url}")

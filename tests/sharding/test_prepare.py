@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
@@ -353,6 +354,10 @@ DRIVER = textwrap.dedent(
 )
 
 
+def _processes():
+    return psutil.process_iter(["cmdline"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["work/staged/*.json", "commits/*.json"])
 def test_a_killed_run_done_again_ends_with_the_same_bytes(tmp_path, corpus, ray_session, moment):
@@ -370,7 +375,7 @@ def test_a_killed_run_done_again_ends_with_the_same_bytes(tmp_path, corpus, ray_
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(list(dataset.glob(moment))) < 4:
             assert driver.poll() is None, "the driver ended before it could be killed"
             assert time.monotonic() < deadline
@@ -381,7 +386,9 @@ def test_a_killed_run_done_again_ends_with_the_same_bytes(tmp_path, corpus, ray_
         if driver.poll() is None:
             driver.kill()
     assert not (dataset / "manifest.json").exists()
-    time.sleep(3)  # its raylet notices, and takes the running tasks with it
+    while any(str(scratch) in " ".join(process.info["cmdline"] or ()) for process in _processes()):
+        time.sleep(0.1)
+    time.sleep(2)  # its tasks' processes notice that their raylet is gone
     storage = open_storage(out)
     prepared = prepare("pairs", config, storage, in_flight=3)
     shutil.rmtree(scratch, ignore_errors=True)
