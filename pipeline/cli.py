@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,7 +145,12 @@ def status(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
     """
     from cluster import jobs
 
-    console().print(jobs.status(address, job_id), highlight=False, markup=False)
+    report = jobs.status(address, job_id)
+    line = f"{report.job_id}  {report.status}"
+    if report.started is not None:
+        seconds = (report.ended or time.time()) - report.started
+        line += f"  {'took' if report.finished else 'for'} {timedelta(seconds=round(seconds))}"
+    console().print(f"{line}  {report.message}".rstrip(), highlight=False, markup=False)
 
 
 @app.command()
@@ -158,9 +165,8 @@ def logs(
     """
     from cluster import jobs
 
-    for text in jobs.logs(address, job_id, follow=follow):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    for line in jobs.logs(address, job_id, follow=follow):
+        print(line, flush=True)
 
 
 @app.command()
@@ -171,8 +177,7 @@ def stop(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
     """
     from cluster import jobs
 
-    jobs.stop(address, job_id)
-    console().print(f"{job_id} stopped", highlight=False)
+    console().print(f"{job_id}  {jobs.stop(address, job_id).status}", highlight=False, markup=False)
 
 
 def console() -> Console:
@@ -189,8 +194,10 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
-    from cluster.errors import ClusterError
+    from cluster.errors import ClusterError, WorkerGroupError
+    from pipeline.errors import NonFiniteLoss
     from sharding.errors import BadDataLimit, StorageFault, UserError
+    from sharding.prepare import TaskFailed
 
     logging.basicConfig(
         level=logging.WARNING,
@@ -204,7 +211,7 @@ def main() -> None:
         app()
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
-    except (BadDataLimit, StorageFault) as error:
+    except (BadDataLimit, NonFiniteLoss, StorageFault, TaskFailed, WorkerGroupError) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)

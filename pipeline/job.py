@@ -23,13 +23,13 @@ from cluster.board import Board
 from cluster.session import session
 from cluster.workers import run_workers
 from pipeline.config import JobConfig
+from pipeline.errors import NonFiniteLoss
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.training.checkpoints import list_checkpoints
-from pipeline.training.health import NonFiniteLoss
 from pipeline.training.loop import TrainingPlan, train
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
@@ -94,7 +94,7 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
         with show_progress(console, f"preparing {name}") as task:
             show = functools.partial(_show_preparation, task)
             prepared[name] = prepare(name, config, storage, in_flight=_preparation_slots(), progress=show)
-        console.print(closing_table(prepared[name].manifest))
+    console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     return prepared
 
 
@@ -105,6 +105,8 @@ def _preparation_slots() -> int:
 
 
 def _show_preparation(task: Task, progress: Progress) -> None:
+    if progress.phase == "duplicates":
+        return  # takes no time worth showing
     note = f"{progress.phase}  {progress.rate:.0f} inputs/s"
     dropped = sum(progress.counts.dropped.values())
     if dropped:

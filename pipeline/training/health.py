@@ -9,11 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import NonFiniteLoss
 from sharding.errors import BadDataLimit
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite. The message names the step, the objectives and the samples."""
 
 
 def check_finite(losses: dict[str, torch.Tensor], keys: Sequence[str], step: int) -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from pipeline.training.health import BadSampleGuard, NonFiniteLoss, check_finite
+from pipeline.errors import NonFiniteLoss
+from pipeline.training.health import BadSampleGuard, check_finite
 from sharding.errors import BadDataLimit
 
 CPU = torch.device("cpu")
