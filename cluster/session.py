@@ -74,6 +74,7 @@ def _start_local(config: ClusterConfig, workers: int, folder: Path) -> None:
     _use_outer_address("0")
     # With a token lying in the home directory Ray would turn authentication on, unasked.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports to Ray's makers
     bundle = config.worker.bundle()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options: dict[str, object] = {}

@@ -165,6 +165,9 @@ class _FunctionFailed(Exception):
         self.original = original
         self.noise = noise
 
+    def __str__(self) -> str:
+        return f"{self.summary}\n{self.traceback_tail}"
+
 
 class _EndOnError(UserCallback):
     """In Ray's controller: raises where the function failed, which ends the run whatever retries are left.
