@@ -73,7 +73,12 @@ class EvaluationActor:
     """
 
     def __init__(self, runner: RunnerFactory) -> None:
+        import ray
+
         os.nice(_NICENESS)
+        if not ray.get_gpu_ids():
+            # Ray hides no GPUs from a process that asked for none; the training needs their memory.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._evaluate = runner()
 
     def ready(self) -> bool:

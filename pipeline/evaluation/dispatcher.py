@@ -91,7 +91,7 @@ class Dispatcher:
         retry_failed: bool = False,
         runner: RunnerFactory = Runner,
         checkpoints: Callable[[Storage], Sequence[Checkpoint]] | None = None,
-        poll_s: float = 2.0,
+        poll_s: float = 3.0,
     ) -> None:
         if checkpoints is None:
             from pipeline.training.checkpoints import list_checkpoints
@@ -136,8 +136,10 @@ class Dispatcher:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            self._over = True
-            self._wake.set()
+            if not self._over:
+                self._over = True
+                self._looked = float("-inf")  # look at once
+                self._wake.set()
             while not self._settled and self._error is None:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -272,8 +274,8 @@ class Dispatcher:
                 self._take(slot)
                 changed = True
             elif slot.assignment is not None and late > self._config.timeout_s:
-                self._fail(slot, Failure(f"took longer than {self._config.timeout_s:g} s", permanent=False))
                 self._discard(slot)
+                self._fail(slot, Failure(f"took longer than {self._config.timeout_s:g} s", permanent=False))
                 changed = True
             elif slot.assignment is None and late > _PATIENCE_S and not self._warned_waiting:
                 self._warned_waiting = True
@@ -308,11 +310,11 @@ class Dispatcher:
     def _fail(self, slot: _Slot, failure: Failure) -> None:
         assignment = slot.assignment
         assert assignment is not None
+        slot.assignment = None  # first: if the storage fails now, the evaluation is simply open again
         tried = self._ledger.states().get(assignment.key, EvaluationState()).failures + 1
         give_up = failure.permanent or tried >= self._config.attempts
         outcome = assignment.outcome(cause=failure.cause)
         self._ledger.fail(outcome, give_up=give_up)
-        slot.assignment = None
         log.error(
             "evaluation %s of step %d failed (%s): %s",
             outcome.task,

@@ -89,7 +89,7 @@ class MetricLogger:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Notes metrics of a step. Returns at once, never raises, whatever the server does."""
+        """Notes metrics of a step. Returns at once and without an error, whatever the server does."""
         row = _Row(int(step), time.time_ns() // 1_000_000, {k: float(v) for k, v in metrics.items()})
         with self._lock:
             self._rows.append(row)
@@ -139,15 +139,18 @@ class MetricLogger:
     def _settle(self, timeout_s: float, insist: bool) -> bool:
         deadline = time.monotonic() + timeout_s
         with self._idle:
-            while (self._rows or self._segments) and time.monotonic() < deadline:
+            while self._unsettled() and time.monotonic() < deadline:
                 if self._away and not insist:
                     break
                 self._wake.set()
                 self._idle.wait(min(0.5, max(0.0, deadline - time.monotonic())))
-            delivered = not self._rows and not self._segments
+            delivered = not self._unsettled()
         if not delivered:
             self._spill()
         return delivered
+
+    def _unsettled(self) -> bool:
+        return bool(self._rows or self._segments) or (self._spool is not None and not self._listed)
 
     # The thread.
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import connect, is_permanent, one_line
+from pipeline.tracking.logger import MetricLogger
 from pipeline.tracking.results import CheckpointEntry, EvaluationEntry, RunResults
 from pipeline.tracking.runs import RunHandle, open_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from sharding.storage import Storage
 
 log = logging.getLogger("pipeline.tracking")
 
@@ -101,6 +104,14 @@ class Tracker:
         """Stores the evaluation report with the run."""
         self._add("evaluation report", lambda r: r.log_report(html, text))
 
+    def leftovers(self, spool: Storage) -> None:
+        """Sends the metrics that a :class:`MetricLogger` could only keep in ``spool``.
+
+        To be called when no worker logs any more: before the end of a run, and when a run is started again
+        that has nothing left to train.
+        """
+        self._add("metrics kept in " + spool.url, lambda r: self._send_leftovers(spool))
+
     def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
         """Waits for the rest within the limit, sets the run's status (``FINISHED``, ``FAILED``,
         ``KILLED``), ends.
@@ -130,6 +141,13 @@ class Tracker:
         assert self._client is not None
         assert self.handle is not None
         self._client.set_terminated(self.handle.run_id, status=status)
+
+    def _send_leftovers(self, spool: Storage) -> None:
+        assert self.handle is not None
+        if any(spool.list()):
+            MetricLogger(self.config, self.handle.key, run_id=self.handle.run_id, spool=spool).close()
+            if any(spool.list()):
+                raise ConnectionError("kept metrics are not delivered yet")
 
     def _add(self, what: str, action: _Action) -> None:
         with self._changed:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation.dispatcher import Dispatcher
-from pipeline.evaluation.ledger import Outcome
+from pipeline.evaluation.ledger import Ledger, Outcome
+from sharding.errors import StorageFault
 from tests.pipeline.evaluation_run import EvaluationRun, Script, make_run
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -112,7 +113,7 @@ def test_a_process_that_dies_or_hangs_costs_an_attempt_and_nothing_else(
     run: EvaluationRun, script: Callable[..., Script], caplog: pytest.LogCaptureFixture
 ) -> None:
     acting = script({10: "once-die", 20: "once-hang"})
-    one = dispatcher(run, acting, timeout_s=2.0, concurrent=2)
+    one = dispatcher(run, acting, timeout_s=4.0, concurrent=2)
     with caplog.at_level(logging.ERROR):
         one.start()
         assert one.wait(120)
@@ -120,7 +121,7 @@ def test_a_process_that_dies_or_hangs_costs_an_attempt_and_nothing_else(
     assert one.counts() == (3, 0, 0, 0)
     assert sorted(step for _, step in acting.attempts()) == [10, 10, 20, 20, 30]
     assert "process died" in caplog.text
-    assert "took longer than 2 s" in caplog.text
+    assert "took longer than 4 s" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_marked_failed_at_once_with_the_cause(
@@ -184,6 +185,29 @@ def test_evaluations_run_beside_each_other_up_to_the_limit(
         seen.add(one.counts().running)
     one.stop()
     assert max(seen) == 2
+
+
+def test_a_storage_that_is_away_for_a_while_delays_evaluations_only(
+    run: EvaluationRun, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {"fail": 2, "claim": 2, "states": 3}
+    for name in faults:
+        real = getattr(Ledger, name)
+
+        def faulty(*arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            if faults[name]:
+                faults[name] -= 1
+                raise StorageFault("s3://bucket: timed out")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(Ledger, name, faulty)
+    acting = script({10: "once-raise", 20: "raise"})
+    one = dispatcher(run, acting)
+    one.start()
+    assert one.wait(60)
+    one.stop()
+    assert faults == {"fail": 0, "claim": 0, "states": 0}
+    assert one.counts() == (2, 1, 0, 0)
 
 
 def test_a_run_without_tasks_has_nothing_to_wait_for(

@@ -124,8 +124,9 @@ def test_the_run_is_found_again_even_if_its_id_was_never_noted(embedded: Trackin
     assert new_run(embedded, key="a", existing_run_id="0" * 32) == new_run(embedded, key="a")
 
 
+@pytest.mark.parametrize("resumed", [True, False])
 def test_what_was_undelivered_at_the_end_is_kept_and_sent_by_the_next_life(
-    embedded: TrackingConfig, spool: Storage, caplog: pytest.LogCaptureFixture
+    embedded: TrackingConfig, spool: Storage, caplog: pytest.LogCaptureFixture, resumed: bool
 ) -> None:
     run_id = new_run(embedded)
     away = embedded.model_copy(update={"uri": f"http://127.0.0.1:{free_port()}"})
@@ -142,11 +143,16 @@ def test_what_was_undelivered_at_the_end_is_kept_and_sent_by_the_next_life(
     assert "metric values; they are kept in" in caplog.text
     assert spool.url in caplog.text
 
-    second = MetricLogger(embedded, "run-1", run_id=run_id, spool=spool)
-    for step in range(50, 56):
-        second.log(step, {"loss": float(step)})
-    assert second.close(30) == 0
-    assert history(embedded, run_id, "loss") == [(step, float(step)) for step in range(1, 56)]
+    if resumed:
+        second = MetricLogger(embedded, "run-1", run_id=run_id, spool=spool)
+        for step in range(50, 52):
+            second.log(step, {"loss": float(step)})
+        assert second.close(30) == 0
+    else:  # the training was complete
+        tracker = Tracker(embedded, name="a run", key="run-1", params={}, tags={})
+        tracker.leftovers(spool)
+        assert tracker.finish(timeout_s=60)
+    assert history(embedded, run_id, "loss") == [(step, float(step)) for step in range(1, 52)]
     assert list(spool.list()) == []
 
 
