@@ -134,10 +134,14 @@ def _fit(trainer: _Trainer, max_failures: int) -> None:
             raise failure.original from report
         raise report from None
     except RayWorkerGroupError as error:
-        rank, first = min(error.worker_failures.items(), default=(None, error))
+        # Deaths come before what the living say of them.
+        rank, first = min(
+            error.worker_failures.items(), key=lambda item: (isinstance(item[1], _FunctionFailed), item[0])
+        )
+        how = "lost its connections" if isinstance(first, _FunctionFailed) else "died"
+        cause = _first_line(getattr(first, "health_check_failure", first))
         raise WorkerGroupError(
-            f"worker {rank} died, and {max_failures} earlier deaths had been made good: {_first_line(first)}",
-            rank,
+            f"worker {rank} {how}, and {max_failures} earlier deaths had been made good: {cause}", rank
         ) from error
     except TrainingFailedError as error:
         raise WorkerGroupError(_first_line(error)) from error

@@ -116,6 +116,7 @@ def test_more_deaths_than_allowed_end_the_run(ray_session: None, tmp_path: Path)
     with pytest.raises(WorkerGroupError, match="worker 1 died, and 0 earlier deaths") as caught:
         _run(_killed_once, tmp_path, max_failures=0)
     assert caught.value.rank == 1
+    assert "died unexpectedly" in str(caught.value)
 
 
 def _one_mistake(context: WorkerContext, folder: Path) -> None:
