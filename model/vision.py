@@ -13,19 +13,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from model.attention import attend, take_rows
 from model.configuration import GLSCLConfig
 
+_QUICK_GELU = 1.702
 
-class _QuickGELU(torch.autograd.Function):
-    """``x * sigmoid(1.702 x)``, saving its input only: two passes over memory less than the plain product."""
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * 1.702).mul_(1 / 1.702)
+class _QuickGELUIn(nn.Linear):
+    """The linear map before QuickGELU, with its factor applied to the weights.
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return torch.ops.aten.silu_backward(grads[0], x * 1.702)
+    ``x * sigmoid(1.702 x)`` is ``silu(1.702 x) / 1.702``: scaling the small weights instead of the wide
+    activations leaves one pass over them, forward and backward.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.silu(F.linear(states, self.weight * _QUICK_GELU, self.bias * _QUICK_GELU))
+
+
+class _QuickGELUOut(nn.Linear):
+    """The linear map after it, which takes the factor out again."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight * (1 / _QUICK_GELU), self.bias)
 
 
 class VisionBlock(GradientCheckpointingLayer):
@@ -39,14 +45,14 @@ class VisionBlock(GradientCheckpointingLayer):
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc = nn.Linear(width, config.intermediate_size)
-        self.proj = nn.Linear(config.intermediate_size, width)
+        self.fc = _QuickGELUIn(width, config.intermediate_size)
+        self.proj = _QuickGELUOut(config.intermediate_size, width)
 
     def forward(self, states: Tensor) -> Tensor:
         """``states`` [B, F, 1 + P, D], each frame's class token first; the same shape comes back."""
         query, key, value = self.qkv(self.ln_1(states)).chunk(3, dim=-1)
         states = states + self.out_proj(self._attend(query, key, value))
-        return states + self.proj(_QuickGELU.apply(self.fc(self.ln_2(states))))
+        return states + self.proj(self.fc(self.ln_2(states)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, frames, tokens, width = query.shape
