@@ -29,7 +29,7 @@ from pipeline.evaluation.ledger import (
     checkpoint_record,
 )
 from pipeline.evaluation.runner import Runner
-from sharding.errors import StorageFault
+from sharding.errors import BadData, StorageFault
 from sharding.manifest import load_manifest
 
 if TYPE_CHECKING:
@@ -225,13 +225,20 @@ class Dispatcher:
                 done, failed = done + state.done, failed + (state.failed and not state.done)
                 if not state.open:
                     if key not in self._reported:
-                        self._report(self._ledger.outcome(key))
+                        self._report_key(key)
                 elif key not in running:
                     self._open.append((key, checkpoint, task, state))
         with self._changed:
             self._settled = over and not running and not self._open
             self._counts = EvaluationCounts(done, failed, len(running), len(self._open))
             self._changed.notify_all()
+
+    def _report_key(self, key: EvaluationKey) -> None:
+        try:
+            self._report(self._ledger.outcome(key))
+        except BadData as error:
+            self._reported.add(key)
+            log.error("%s", error)
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.key not in self._reported:

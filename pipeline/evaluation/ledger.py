@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.tracking import CheckpointEntry, EvaluationEntry
+from sharding.errors import BadData, UserError
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Checkpoint
@@ -187,7 +188,11 @@ class Ledger:
         return len(given_up)
 
     def outcome(self, key: EvaluationKey) -> Outcome:
-        """Of an evaluation that is done or given up."""
+        """Of an evaluation that is done or given up.
+
+        Raises:
+            BadData: its record is damaged.
+        """
         try:
             return self._read(f"{key.path}.json")
         except FileNotFoundError:
@@ -195,12 +200,26 @@ class Ledger:
 
     def outcomes(self) -> list[Outcome]:
         """All that are done or given up, by step and task; those of deleted checkpoints too."""
-        finished = [self.outcome(key) for key, state in self.states().items() if not state.open]
+        finished = []
+        for key, state in self.states().items():
+            if not state.open:
+                try:
+                    finished.append(self.outcome(key))
+                except BadData as error:
+                    log.error("%s", error)
         return sorted(finished, key=lambda outcome: (outcome.step, outcome.task, outcome.version))
 
     def _read(self, path: str) -> Outcome:
         if path not in self._outcomes:  # they never change
-            self._outcomes[path] = Outcome(**self._run.read_json(path))
+            try:
+                self._outcomes[path] = Outcome(**self._run.read_json(path))
+            except UserError:
+                raise  # the storage refuses
+            except (ValueError, TypeError):
+                detail = (
+                    f"{self._run.url_of(path)} cannot be read; delete it to evaluate the checkpoint again"
+                )
+                raise BadData("damaged-record", detail) from None
         return self._outcomes[path]
 
 

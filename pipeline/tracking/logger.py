@@ -262,8 +262,9 @@ class MetricLogger:
             except Exception as error:
                 if not is_permanent(error):
                     raise
+                if not self._dropped:  # the number of all of them is told at the end
+                    log.warning("MLflow refused %d metric values: %s", len(part), one_line(error))
                 self._dropped += len(part)
-                log.warning("MLflow refused %d metric values: %s", len(part), one_line(error))
         for metric in metrics:
             self._last[metric.key] = max(metric.step, self._last.get(metric.key, -1))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome, best_outcome
 from sharding.storage import open_storage
 
@@ -96,3 +98,17 @@ def test_the_best_checkpoint_is_the_highest_recall_or_the_lowest_rank_and_the_ea
     assert lowest is not None
     assert lowest.step == 30
     assert best_outcome(outcomes, "video/R") is None
+
+
+def test_a_damaged_record_is_named_and_hides_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(tmp_path)
+    other = EvaluationKey("cd" * 8, "images", "1-0123abcd")
+    for key in (KEY, other):
+        Ledger(storage).finish(outcome(key=key))
+    for damage in (b"{not json", b'{"format": "something else"}'):
+        storage.write_bytes(f"{other.path}.json", damage)
+        caplog.clear()
+        assert [o.key for o in Ledger(storage).outcomes()] == [KEY]
+        assert f"{other.path}.json cannot be read; delete it" in caplog.text

@@ -195,7 +195,7 @@ class _Gallery:
                 pixels = []
         if pixels:
             vectors.append(self._embed_pictures(len(vectors), pixels))
-        if len(self._where) < 2:
+        if len(self._where) < 2 or not self._captions:
             raise UserError(
                 f"evaluation task {self.task.name!r} needs at least two samples; {self._reader.dataset.url} "
                 f"has {len(self._where)} that can be used"
