@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import JobConfig
 from pipeline.tracking import RunHandle
-from sharding.errors import BadData, UserError
+from sharding.errors import UserError
 from sharding.storage import Storage
 
 RECORD = "run.json"

@@ -77,7 +77,9 @@ def _read_commit(run: Storage, path: str) -> Checkpoint | None:
         return Checkpoint(record["step"], record["stage"], path, digest, record)
     except FileNotFoundError:
         return None  # retention deleted it between the listing and the reading
-    except (BadData, KeyError, TypeError) as error:
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except (BadData, ValueError, KeyError, TypeError) as error:
         logger.error("checkpoint passed over: %s is damaged (%s)", url, error)
         return None
 
@@ -153,14 +155,15 @@ def save_checkpoint(
             files[name] = {"size": uploaded.size, "sha256": uploaded.sha256}
         shutil.rmtree(folder, ignore_errors=True)
     parts: list[Any] = [None] * context.world_size
-    dist.all_gather_object(parts, files)
+    dist.all_gather_object(parts, (context.node_rank, files))
     record = {
         "format": FORMAT,
         "version": 1,
         "step": step,
         "stage": stage,
         "world_size": context.world_size,
-        "files": {name: entry for part in parts for name, entry in part.items()},
+        "nodes": len({node for node, _ in parts}),
+        "files": {name: entry for _, part in parts for name, entry in part.items()},
         **details,
     }
     checkpoint = Checkpoint(step, stage, path, _digest(record), record)

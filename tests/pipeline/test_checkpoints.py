@@ -1,0 +1,78 @@
+"""A checkpoint exists when its commit record does, and only what was committed is ever loaded."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.training.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    delete_checkpoint,
+    fetch_model,
+    list_checkpoints,
+)
+from sharding.errors import BadData
+from sharding.storage import Storage, open_storage
+
+
+def commit(run: Storage, step: int, **changes: Any) -> Checkpoint:
+    """A checkpoint with one weights file, written as the training writes it."""
+    path = f"checkpoints/step-{step:08d}"
+    data = b"weights of step %d" % step
+    run.write_bytes(f"{path}/model/model.safetensors", data)
+    files = {"model/model.safetensors": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    record = {"format": FORMAT, "version": 1, "step": step, "stage": 0, "files": files, "stage_end": False} | changes
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    run.write_json(f"{path}/commit.json", {"record": record, "digest": digest})
+    return Checkpoint(step, 0, path, digest, record)
+
+
+def test_committed_checkpoints_are_listed_by_step_and_half_written_ones_are_not(storage: Storage) -> None:
+    for step in (300, 20, 100):
+        commit(storage, step)
+    storage.write_bytes("checkpoints/step-00000400/model/model.safetensors", b"no commit record yet")
+    assert [checkpoint.step for checkpoint in list_checkpoints(storage)] == [20, 100, 300]
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"record": {"step": 7}, "digest": "0"}'])
+def test_a_damaged_commit_record_is_passed_over_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    run = open_storage(tmp_path)
+    commit(run, 10)
+    commit(run, 20)
+    run.write_bytes("checkpoints/step-00000020/commit.json", damage)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [10]
+    assert "step-00000020" in caplog.text
+    assert "passed over" in caplog.text
+
+
+def test_a_commit_record_changed_by_one_character_is_not_believed(tmp_path: Path) -> None:
+    run = open_storage(tmp_path)
+    commit(run, 10)
+    text = run.read_bytes("checkpoints/step-00000010/commit.json")
+    run.write_bytes("checkpoints/step-00000010/commit.json", text.replace(b'"step": 10', b'"step": 11'))
+    assert list_checkpoints(run) == []
+
+
+def test_weights_are_verified_before_they_are_used(storage: Storage, tmp_path: Path) -> None:
+    checkpoint = commit(storage, 10)
+    folder = fetch_model(storage, checkpoint, tmp_path / "good")
+    assert (folder / "model.safetensors").read_bytes() == b"weights of step 10"
+    storage.write_bytes(f"{checkpoint.path}/model/model.safetensors", b"weights of step 1O")
+    with pytest.raises(BadData, match="sha256"):
+        fetch_model(storage, checkpoint, tmp_path / "flipped")
+    storage.delete(f"{checkpoint.path}/model/model.safetensors")
+    with pytest.raises(BadData, match="missing-file"):
+        fetch_model(storage, checkpoint, tmp_path / "missing")
+    assert list((tmp_path / "flipped").rglob("*.safetensors")) == []
+
+
+def test_a_deleted_checkpoint_is_gone_and_never_half_there(storage: Storage) -> None:
+    checkpoint = commit(storage, 10)
+    delete_checkpoint(storage, checkpoint)
+    assert list_checkpoints(storage) == []
+    assert list(storage.list("checkpoints")) == []
