@@ -51,10 +51,10 @@ class Environment(_Block):
 class ClusterConfig(_Block):
     """The ``cluster:`` block.
 
-    ``address``: None starts a Ray of its own on this machine, reachable from this machine only; ``auto``,
-    ``host:port`` or ``ray://host:port`` uses a running one. ``RAY_ADDRESS``, which Ray sets within a
-    submitted job, stands in for None. ``num_cpus``, ``object_store_mb`` and ``dashboard_port`` concern a Ray
-    of its own only.
+    ``address``: None starts a Ray of its own on this machine, reachable from this machine only; ``auto`` or
+    ``host:port`` joins a running one, from one of its machines (from elsewhere: ``cluster.jobs``).
+    ``RAY_ADDRESS``, which Ray sets within a submitted job, stands in for None. ``num_cpus``,
+    ``object_store_mb`` and ``dashboard_port`` concern a Ray of its own only.
     """
 
     address: str | None = None
@@ -73,7 +73,11 @@ class ClusterConfig(_Block):
     def _known_form(cls, address: str | None) -> str | None:
         if address is None or address == "auto":
             return address
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if address.startswith("ray://"):
+            raise ValueError(
+                "Ray Train does not run through Ray's client; submit the job to http://host:8265"
+            )
+        host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or "/" in host:
-            raise ValueError('expected "auto", "host:port", "ray://host:port" or nothing (a Ray of its own)')
+            raise ValueError('expected "auto", "host:port" or nothing (a Ray of its own)')
         return address

@@ -102,8 +102,8 @@ def _connect(config: ClusterConfig, address: str) -> None:
     import ray
 
     if address not in ("auto", "local"):
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if not host or not port.isdigit():
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or "/" in host:
             raise ClusterError(f'RAY_ADDRESS is "{address}", expected "auto" or "host:port"')
         if not _answers(host, int(port)):
             raise ClusterError(f"no Ray cluster answers at {address} (tried for {_PROBE_S:g} s)")

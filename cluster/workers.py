@@ -5,8 +5,8 @@ What ends a run and what restarts the group:
 * a process or a node dies: the group starts anew, up to ``max_failures`` times, and calls the function again;
 * the function raises: the run ends at once, on every worker. ``no_retry`` types reach the caller as they are.
 
-A death makes noise on the workers that live (connections reset in a collective), so such an error waits
-for its cause to be noticed before it counts as anything.
+A death makes noise on the workers that live (connections reset in a collective), so such an error counts as
+the echo of a death, not as the function's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _LOOPBACK = "127.0.0.1"
 _TRACEBACK_LINES = 30
 _POLL_S = 1.0  # how often Ray looks after the workers
-_NOISE_WAIT_S = 15.0  # for the death behind a reset connection to be noticed; Ray needs a few seconds
+_NOISE_WAIT_S = 5.0  # for Ray to notice the death behind a reset connection, so that it is the one named
 _START_FAILURES = 10  # a group that could not be started (60 s each where resources are missing)
 
 # What the living say when another process died: gloo's and NCCL's sockets, the store, a loader process.

@@ -42,9 +42,11 @@ def test_no_shortage_where_all_fits() -> None:
     assert shortage([NODE, NODE], config, workers=4) is None
 
 
-@pytest.mark.parametrize("address", ["somewhere", "http://head:8265", "head:port", ":6379"])
+@pytest.mark.parametrize(
+    "address", ["somewhere", "http://head:8265", "head:port", ":6379", "ray://head:10001"]
+)
 def test_an_address_of_no_known_form_is_refused(address: str) -> None:
-    with pytest.raises(ValidationError, match='expected "auto", "host:port"'):
+    with pytest.raises(ValidationError, match=r'expected "auto", "host:port"|does not run through'):
         ClusterConfig(address=address)
 
 
