@@ -79,10 +79,10 @@ def read_record(storage: Storage) -> dict[str, Any] | None:
         record: dict[str, Any] = storage.read_json(RECORD)
     except FileNotFoundError:
         return None
-    except BadData as error:
-        raise UserError(
-            f"{storage.url_of(RECORD)} is damaged ({error.detail}); give the job another name"
-        ) from None
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except ValueError as error:
+        raise UserError(f"{error}: the run's record is damaged; give the job another name") from None
     return record
 
 

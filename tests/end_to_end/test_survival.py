@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,10 @@ def make_job(raw_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make_job: Callable[[str], Job]) -> Iterator[Job]:
+def undisturbed(make_job: Callable[[str], Job]) -> Job:
     job = make_job("undisturbed")
     job.start("log").succeed()
-    yield job
+    return job
 
 
 def assert_equals_undisturbed(job: Job, undisturbed: Job) -> None:
