@@ -99,7 +99,7 @@ class StageBlock(Block):
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="pixels; default: the model's image_size"
     )
-    frames: Annotated[int, Field(ge=1, le=8)] = Field(
+    frames: Annotated[int, Field(ge=1)] = Field(
         4, description="frames drawn from a clip (images have one)"
     )
     global_batch: Annotated[int, Field(gt=0)] | None = Field(default=None, description="default: train.global_batch")
@@ -234,6 +234,10 @@ class JobConfig(Block):
                 if name not in self.datasets:
                     hint = did_you_mean(name, self.datasets)
                     raise ValueError(f"stage '{stage.name}', mixture: there is no dataset '{name}'{hint}")
+            if stage.frames > model.max_frames:
+                raise ValueError(
+                    f"stage '{stage.name}', frames: got {stage.frames} is above the model's {model.max_frames}"
+                )
             resolution = stage.resolution or model.image_size
             if resolution % model.patch_size:
                 raise ValueError(
@@ -246,6 +250,15 @@ class JobConfig(Block):
                     f"evaluate task '{task.name}': there is no dataset '{task.dataset}'"
                     f"{did_you_mean(task.dataset, self.datasets)}"
                 )
+            if task.frames > model.max_frames:
+                raise ValueError(
+                    f"evaluate task '{task.name}', frames: got {task.frames} is above the model's {model.max_frames}"
+                )
+        if self.evaluate.tasks and self.evaluate.concurrent > self.cluster.evaluations:
+            raise ValueError(
+                f"evaluate.concurrent: got {self.evaluate.concurrent}; cluster.evaluations has room for "
+                f"{self.cluster.evaluations}"
+            )
         if self.checkpoints.keep_best is not None:
             task_name = self.checkpoints.keep_best.split("/")[0]
             names = {task.name: None for task in self.evaluate.tasks}

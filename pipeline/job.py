@@ -130,15 +130,16 @@ def _tracked_run(
         existing_run_id=run.tracking_run,
         on_open=run.note_tracking,
     )
+    status = "FAILED"
     try:
         yield run, tracker
+        status = "FINISHED"
     except KeyboardInterrupt:
-        tracker.finish("KILLED")
+        status = "KILLED"
         raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")
+    finally:
+        tracker.leftovers(run.storage.at("tracking"))  # metrics that a worker could not deliver
+        tracker.finish(status)
 
 
 def _dispatcher(
