@@ -25,7 +25,7 @@ from cluster.workers import WorkerContext
 from pipeline.config import JobConfig, StageBlock, load_job
 from pipeline.runs import read_record, run_path
 from pipeline.training.batches import Batch, stage_loader
-from pipeline.training.engine import build_engine, build_model, model_config
+from pipeline.training.engine import build_engine, build_model, model_config, optimizer_step
 from sharding.errors import UserError
 from sharding.manifest import load_manifest
 from sharding.reader import ShardReader
@@ -113,7 +113,7 @@ def make_step(job: JobConfig, stage: StageBlock, context: WorkerContext) -> Call
             group_size=batch.group_size,
         )
         engine.backward(output.loss)
-        engine.step()
+        optimizer_step(engine, job.train)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
 

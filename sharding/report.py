@@ -17,23 +17,28 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
     from rich.table import Table
 
     table = Table(title="datasets", title_style="bold", title_justify="left")
-    table.add_column("name")
+    table.add_column("name", no_wrap=True)
     for column in ("read", "kept", "shards", "MiB"):
         table.add_column(column, justify="right")
-    for column in ("filtered", "bad", "captions left out", "digest"):
-        table.add_column(column)
-    for manifest in manifests:
-        dropped = manifest.counts.dropped
+    table.add_column("digest")
+    manifests = list(manifests)
+    causes = {
+        "filtered": [{c: n for c, n in m.counts.dropped.items() if c in CHOSEN} for m in manifests],
+        "bad": [{c: n for c, n in m.counts.dropped.items() if c not in CHOSEN} for m in manifests],
+        "captions left out": [m.counts.captions_dropped for m in manifests],
+    }
+    shown = {what: counts for what, counts in causes.items() if any(counts)}
+    for what in shown:
+        table.add_column(what)
+    for row, manifest in enumerate(manifests):
         table.add_row(
             manifest.name,
             f"{manifest.counts.read:,}",
             f"{manifest.counts.kept:,}",
             f"{len(manifest.shards):,}",
             f"{sum(shard.bytes for shard in manifest.shards) / 2**20:,.1f}",
-            _by_cause({cause: number for cause, number in dropped.items() if cause in CHOSEN}),
-            _by_cause({cause: number for cause, number in dropped.items() if cause not in CHOSEN}),
-            _by_cause(manifest.counts.captions_dropped),
             manifest.digest[:12],
+            *(_by_cause(counts[row]) for counts in shown.values()),
         )
     return table
 

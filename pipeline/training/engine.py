@@ -64,6 +64,16 @@ def build_engine(
     return engine, peaks
 
 
+def optimizer_step(engine: Any, train: TrainBlock) -> None:
+    """The engine's own step, which acts on the last accumulation part only; then gradients that must not stay."""
+    updates = engine.is_gradient_accumulation_boundary()
+    engine.step()
+    if train.zero_stage == 3 and updates:
+        # A parameter that the next step leaves out (another modality, fewer objectives) would be updated with
+        # its old gradient once more: stage 3 keeps them in this buffer.
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def gradient_norm(engine: Any) -> float:
     """Norm of the whole gradient before clipping, as DeepSpeed measured it in the last step.
 

@@ -24,7 +24,7 @@ from pipeline.config import JobConfig, StageBlock
 from pipeline.tracking import MetricLogger
 from pipeline.training.batches import Batch, stage_loader
 from pipeline.training.checkpoints import Checkpoint, resume, save_checkpoint
-from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config
+from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config, optimizer_step
 from pipeline.training.health import BadSampleGuard, check_finite
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from sharding.cache import ShardCache
@@ -207,7 +207,7 @@ def _train_step(
         check_finite(output.losses, batch.keys, step + 1)
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
         engine.backward(output.loss)
-        engine.step()
+        optimizer_step(engine, train)
         samples += len(batch.keys) * context.world_size
         for name, value in {**output.losses, **output.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(value) / train.accumulation
