@@ -99,10 +99,10 @@ class StageBlock(Block):
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="pixels; default: the model's image_size"
     )
-    frames: Annotated[int, Field(ge=1)] = Field(
-        4, description="frames drawn from a clip (images have one)"
+    frames: Annotated[int, Field(ge=1)] = Field(4, description="frames drawn from a clip (images have one)")
+    global_batch: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="default: train.global_batch"
     )
-    global_batch: Annotated[int, Field(gt=0)] | None = Field(default=None, description="default: train.global_batch")
     checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="steps; the stage's end always"
     )
@@ -120,7 +120,9 @@ class TrainBlock(Block):
     """The training: workers, batch, optimizer, DeepSpeed and the stages."""
 
     workers: Annotated[int, Field(ge=1)] = 1
-    global_batch: Annotated[int, Field(gt=1)] = Field(default=4096, description="samples of one optimizer step")
+    global_batch: Annotated[int, Field(gt=1)] = Field(
+        default=4096, description="samples of one optimizer step"
+    )
     accumulation: Annotated[int, Field(ge=1)] = Field(
         1, description="contrastive batches of one global batch"
     )

@@ -242,7 +242,9 @@ def fetch_stamps(storage: Storage, folder: Path | None) -> None:
             else:
                 group = PurePosixPath(path).parts[1]
                 split = _stamp_split(caption)
-                rows.append({"path": path, "captions": [caption], "group": group, "split": split})
+                rows.append(
+                    {"path": path, "caption": caption, "captions": [caption], "group": group, "split": split}
+                )
                 if not target.has(path):
                     target.write(path, data)
     target.close("stamps.jsonl", rows)

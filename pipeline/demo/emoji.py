@@ -41,7 +41,9 @@ class Item:
     split: Split
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The line's fields; ``caption`` repeats the first, for tables read with one caption each."""
+        fields = asdict(self)
+        return {"path": fields.pop("path"), "caption": self.captions[0], **fields}
 
 
 def normal_code(stem: str) -> str:

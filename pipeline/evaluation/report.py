@@ -2,13 +2,13 @@
 MLflow.
 
 The table has a row per checkpoint and, per task, recall at 10 both ways (as a multiple of chance too) from
-the ITC embeddings, and after the matching head has re-ranked the shortlist.
+the ITC embeddings, and recall at 1 before and after the matching head has re-ranked the shortlist.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _DIRECTIONS = (("t2i", "text → vision"), ("i2t", "vision → text"))
-_HEAD = ("step", "stage", "task", *(name for _, name in _DIRECTIONS), "× chance", "re-ranked", "candidates")
+_HEAD = (
+    "step",
+    "stage",
+    "task",
+    *(f"{name} R@10" for _, name in _DIRECTIONS),
+    "× chance",
+    "R@1",
+    "R@1 re-ranked",
+    "candidates",
+)
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 190, 44, 26, 12, 14
 
 
@@ -38,11 +47,15 @@ def _lines(outcomes: Sequence[Outcome]) -> Iterator[_Line]:
             continue
         metrics = outcome.metrics
         recalls = tuple(_percent(metrics.get(f"{way}_R10")) for way, _ in _DIRECTIONS)
-        again = [metrics.get(f"{way}_rerank_R10") for way, _ in _DIRECTIONS]
-        reranked = " / ".join(_percent(value) for value in again) if None not in again else "–"
+        first, reranked = (_both_ways(metrics, name) for name in ("R1", "rerank_R1"))
         counts = [metrics.get(f"candidates_{kind}") for kind in ("images", "texts")]
         candidates = " / ".join(f"{value:.0f}" for value in counts if value is not None)
-        yield _Line((*start, *recalls, _multiples(outcome), reranked, candidates), False)
+        yield _Line((*start, *recalls, _multiples(outcome), first, reranked, candidates), False)
+
+
+def _both_ways(metrics: Mapping[str, float], name: str) -> str:
+    values = [metrics.get(f"{way}_{name}") for way, _ in _DIRECTIONS]
+    return " / ".join(_percent(value) for value in values) if None not in values else "–"
 
 
 def _percent(value: float | None) -> str:
@@ -73,7 +86,7 @@ def print_report(outcomes: Sequence[Outcome], console: Console) -> None:
     if not outcomes:
         console.print("no evaluations")
         return
-    table = Table(title="recall at 10, held-out", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title="retrieval, held-out", box=box.SIMPLE_HEAD, title_justify="left")
     for number, name in enumerate(_HEAD):
         table.add_column(name, justify="left" if number == 2 else "right")
     failures = []
@@ -105,7 +118,7 @@ def text_report(outcomes: Sequence[Outcome]) -> str:
         return "  ".join(parts).rstrip() + "\n"
 
     body = "".join(joined(line.cells, line.failed) for line in lines)
-    return "recall at 10, held-out\n" + joined(_HEAD, False) + body
+    return "retrieval, held-out\n" + joined(_HEAD, False) + body
 
 
 def html_report(outcomes: Sequence[Outcome], title: str) -> str:

@@ -36,7 +36,9 @@ def test_a_valid_job_is_said_to_be_valid(tmp_path: Path, tree: dict[str, Any]) -
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path, tree: dict[str, Any]) -> None:
     tree["train"]["global_bach"] = 3
-    assert "train.global_bach: unknown key; did you mean 'global_batch'?" in refused("validate", tmp_path, tree)
+    assert "train.global_bach: unknown key; did you mean 'global_batch'?" in refused(
+        "validate", tmp_path, tree
+    )
 
 
 def test_a_missing_corpus_names_its_path(tmp_path: Path, tree: dict[str, Any]) -> None:

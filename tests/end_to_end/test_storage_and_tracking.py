@@ -45,15 +45,20 @@ def test_the_job_runs_on_s3_while_the_mlflow_server_dies_and_comes_back(
 
         client = MlflowClient(tracking_uri=server.uri)
         deadline = time.monotonic() + 30
-        while client.get_run(record["tracking_run"]).info.status != "FINISHED" and time.monotonic() < deadline:
+        while (
+            client.get_run(record["tracking_run"]).info.status != "FINISHED" and time.monotonic() < deadline
+        ):
             time.sleep(0.5)
         parent = client.get_run(record["tracking_run"])
         assert parent.info.status == "FINISHED"
-        assert not any(s3_server.secret_key in value for value in {**parent.data.params, **parent.data.tags}.values())
+        assert not any(
+            s3_server.secret_key in value for value in {**parent.data.params, **parent.data.tags}.values()
+        )
         models = client.search_logged_models([parent.info.experiment_id])
         assert sorted(int(model.tags["step"]) for model in models) == [5, 10, 15, 20, 24]
         ranked = client.search_logged_models(
-            [parent.info.experiment_id], order_by=[{"field_name": "metrics.held-out/t2i_R10", "ascending": False}]
+            [parent.info.experiment_id],
+            order_by=[{"field_name": "metrics.held-out/t2i_R10", "ascending": False}],
         )
         values = [next(m.value for m in model.metrics if m.key == "held-out/t2i_R10") for model in ranked]
         assert values == sorted(values, reverse=True)

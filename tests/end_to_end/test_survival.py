@@ -84,11 +84,16 @@ def assert_equals_undisturbed(job: Job, undisturbed: Job) -> None:
 def test_an_undisturbed_run_trains_every_step_once_and_learns(undisturbed: Job) -> None:
     losses = undisturbed.losses()
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    first, last = losses[:5], losses[STEPS - 15 : STEPS - 10]  # of the first stage: the second has fewer objectives
+    first, last = (
+        losses[:5],
+        losses[STEPS - 15 : STEPS - 10],
+    )  # of the first stage: the second has fewer objectives
     assert sum(value for _, value in last) < sum(value for _, value in first)
 
 
-def test_a_killed_worker_is_made_good_without_a_trace(make_job: Callable[[str], Job], undisturbed: Job) -> None:
+def test_a_killed_worker_is_made_good_without_a_trace(
+    make_job: Callable[[str], Job], undisturbed: Job
+) -> None:
     job = make_job("killed-worker")
     command = job.start("log")
     command.wait_until(lambda: len(job.checkpoints()) >= 2)
@@ -110,7 +115,9 @@ def test_a_killed_driver_goes_on_when_started_again(make_job: Callable[[str], Jo
     before = [c.step for c in job.checkpoints()]
     assert before[-1] < STEPS
     output = job.start("second-log").succeed()
-    assert "preparing emoji" not in output.replace("\n", " ") or "encode" not in output, "shards were made again"
+    assert "preparing emoji" not in output.replace("\n", " ") or "encode" not in output, (
+        "shards were made again"
+    )
     assert_equals_undisturbed(job, undisturbed)
 
 
@@ -137,7 +144,11 @@ def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(undist
     again = Command("run", str(undisturbed.file), log=undisturbed.file.with_name("again"))
     assert "training is complete" in again.succeed()
     changed = Command(
-        "run", str(undisturbed.file), "--set", "train.learning_rate=0.5", log=undisturbed.file.with_name("changed")
+        "run",
+        str(undisturbed.file),
+        "--set",
+        "train.learning_rate=0.5",
+        log=undisturbed.file.with_name("changed"),
     )
     assert changed.wait() == 2
     assert "train.learning_rate was 0.001, now 0.5" in changed.output

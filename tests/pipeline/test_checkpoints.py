@@ -24,7 +24,14 @@ def commit(run: Storage, step: int, **changes: Any) -> Checkpoint:
     data = b"weights of step %d" % step
     run.write_bytes(f"{path}/model/model.safetensors", data)
     files = {"model/model.safetensors": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    record = {"format": FORMAT, "version": 1, "step": step, "stage": 0, "files": files, "stage_end": False} | changes
+    record = {
+        "format": FORMAT,
+        "version": 1,
+        "step": step,
+        "stage": 0,
+        "files": files,
+        "stage_end": False,
+    } | changes
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     run.write_json(f"{path}/commit.json", {"record": record, "digest": digest})
     return Checkpoint(step, 0, path, digest, record)

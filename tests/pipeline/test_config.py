@@ -72,7 +72,9 @@ def test_a_mistyped_secret_does_not_come_back_in_the_error(tree: dict[str, Any])
     assert "hunter2" not in str(caught.value)
 
 
-def test_an_override_reaches_into_lists_and_makes_missing_blocks(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_an_override_reaches_into_lists_and_makes_missing_blocks(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
     file = write_job(tmp_path / "job.yaml", tree)
     job = load_job(file, ["train.stages.1.steps=99", "train.schedule.decay=cosine", "cluster.evaluations=3"])
     assert job.train.stages[1].steps == 99

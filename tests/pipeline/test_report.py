@@ -15,6 +15,10 @@ def outcome(step: int, task: str, recall: float, cause: str | None = None) -> Ou
     metrics = {
         "t2i_R10": recall,
         "i2t_R10": recall * 0.9,
+        "t2i_R1": recall / 4,
+        "i2t_R1": recall / 8,
+        "t2i_rerank_R1": recall / 2,
+        "i2t_rerank_R1": recall / 4,
         "t2i_rerank_R10": recall * 1.2,
         "i2t_rerank_R10": recall * 1.1,
         "t2i_chance_R10": 0.04,
@@ -55,7 +59,8 @@ def test_text_has_a_line_per_evaluation_in_the_order_of_steps_with_multiples_of_
     assert lines[2].split("  ")[-1].strip() == "250 / 250"
     assert "8.0 %" in lines[2]
     assert "2.0 / 1.8" in lines[2]
-    assert "9.6 % / 8.8 %" in lines[2]
+    assert "2.0 % / 1.0 %" in lines[2]  # recall at 1
+    assert "4.0 % / 2.0 %" in lines[2]  # and re-ranked
     assert lines[4].endswith("failed: sha256-mismatch: <model> is not what was committed")
     assert text_report([]) == "no evaluations\n"
     assert chance_multiple(OUTCOMES[1], "t2i") == 2.0
