@@ -50,6 +50,7 @@ class Watch:
         self._job, self._run, self._board = job, run, board
         self._tracker, self._dispatcher, self._progress = tracker, dispatcher, progress
         self._told: set[str] = set()
+        self._warning = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
 
@@ -63,6 +64,7 @@ class Watch:
         self._stop.set()
         self._thread.join()
         if kind is None:
+            self._show_progress()
             self.look_at_checkpoints()
 
     def look_at_checkpoints(self) -> None:
@@ -92,7 +94,12 @@ class Watch:
                     )
 
     def _show_progress(self) -> None:
-        news = self._board.read().get("training")
+        notes = self._board.read()
+        warning = notes.get("warning", "")
+        if warning != self._warning:
+            self._warning = warning
+            logger.error(warning)
+        news = notes.get("training")
         if news is not None:
             note = (
                 f"{news['stage']}  loss {news['loss/total']:.3f}  {news['speed/samples_per_s']:.0f} samples/s  "

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,11 +189,18 @@ def _save_weights(engine: Any, folder: Path, *, write: bool) -> None:
 
 
 def resume(
-    engine: Any, run: Storage, context: WorkerContext, scratch: Path, *, expected: dict[str, Any]
+    engine: Any,
+    run: Storage,
+    context: WorkerContext,
+    scratch: Path,
+    *,
+    expected: dict[str, Any],
+    warn: Callable[[str], None],
 ) -> Checkpoint | None:
     """Load the newest checkpoint that verifies into ``engine``; None when there is none. Collective.
 
-    ``expected`` names the record's entries that must be equal (data digests, ZeRO stage, ...).
+    ``expected`` names the record's entries that must be equal (data digests, ZeRO stage, ...). ``warn`` is
+    told, on worker 0, of each checkpoint that is passed over.
 
     Raises:
         UserError: the run was made with other data, another ZeRO stage or another number of workers.
@@ -211,10 +218,9 @@ def resume(
         dist.all_gather_object(faults, fault)
         if any(faults):
             if context.rank == 0:
-                logger.error(
-                    "checkpoint of step %d is damaged and passed over for the one before: %s",
-                    candidate.step,
-                    "; ".join(f for f in faults if f),
+                causes = "; ".join(f for f in faults if f)
+                warn(
+                    f"checkpoint of step {candidate.step} is damaged and passed over for the one before: {causes}"
                 )
             continue
         with _only_plain_tensors():

@@ -58,6 +58,12 @@ class TrainingPlan:
     scratch: Path
     board: Board | None = None
 
+    def warn(self, message: str) -> None:
+        """Tell the worker's log and, through the board, the person at the driver."""
+        logger.error(message)
+        if self.board is not None:
+            self.board.post("warning", message)
+
 
 @dataclass
 class _Worker:
@@ -87,7 +93,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     run = storage.at(plan.run_path)
     readers = _open_readers(storage, plan)
     engine, peaks = build_engine(build_model(job.model, job.train, job.seed), job.train, context)
-    newest = resume(engine, run, context, plan.scratch, expected=_identity(job, readers))
+    newest = resume(engine, run, context, plan.scratch, expected=_identity(job, readers), warn=plan.warn)
     step = newest.step if newest else 0
     if context.rank == 0:
         logger.info("%s at step %d of %d", "resuming" if newest else "starting", step, job.train.total_steps)
