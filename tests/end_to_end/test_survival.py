@@ -127,7 +127,10 @@ def test_a_checkpoint_with_a_flipped_byte_is_passed_over_loudly(
     job = make_job("flipped-byte")
     command = job.start("first-log")
     command.wait_until(lambda: len(job.checkpoints()) >= 3)
+    workers = command.training_workers()
     command.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)  # they may still commit one more
+    assert not alive
     newest = job.checkpoints()[-1]
     name = next(name for name in newest.files if name.startswith("deepspeed/"))
     path = job.run.local_path(f"{newest.path}/{name}")
