@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,21 +50,22 @@ def main() -> None:
     stage = job.train.stages[arguments.stage]
     readers = open_readers(job, stage)
 
-    with tempfile.TemporaryDirectory() as folder:
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        step = make_step(job, stage, WorkerContext(0, 1, 0, 0, device))
-        loader = make_loader(job, stage, readers, arguments.steps + WARMUP)
-        in_memory = list(itertools.islice(loader, 4))
-        rates = {
-            "loader alone": measure(loader, lambda batch: None),
-            "training step alone": measure(
-                list(itertools.islice(itertools.cycle(in_memory), arguments.steps + WARMUP)), step
-            ),
-            "both together": measure(loader, step),
-        }
-        dist.destroy_process_group()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    step = make_step(
+        job,
+        stage,
+        WorkerContext(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, device=device),
+    )
+    loader = make_loader(job, stage, readers, arguments.steps + WARMUP)
+    in_memory = list(itertools.islice(loader, 4))
+    rates = {
+        "loader alone": measure(loader, lambda batch: None),
+        "training step alone": measure(
+            list(itertools.islice(itertools.cycle(in_memory), arguments.steps + WARMUP)), step
+        ),
+        "both together": measure(loader, step),
+    }
+    dist.destroy_process_group()
     print_table(job, stage, rates)
 
 
@@ -129,7 +128,7 @@ def measure(batches: Iterable[Batch], consume: Callable[[Batch], None]) -> float
         sizes.append(len(batch.keys))
         marks.append(time.perf_counter())
     seconds = marks[-1] - marks[WARMUP - 1]
-    return statistics.fsum(sizes[WARMUP:]) / seconds
+    return sum(sizes[WARMUP:]) / seconds
 
 
 def print_table(job: JobConfig, stage: StageBlock, rates: dict[str, float]) -> None:
