@@ -44,7 +44,8 @@ _NOISE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket (closed|timeout)"
     r"|gloo.*(peer|timed out)"
     r"|nccl.*(remote|system|internal|unhandled|watchdog)|distnetworkerror|recvvalue failed|failed to recv"
-    r"|dataloader worker.*(killed|exited unexpectedly)",
+    r"|dataloader worker.*(killed|exited unexpectedly)"
+    r"|^eoferror",  # a batch on its way out of a loader process that was killed
     re.IGNORECASE | re.DOTALL,
 )
 
