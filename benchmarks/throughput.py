@@ -102,15 +102,7 @@ def make_step(job: JobConfig, stage: StageBlock, context: WorkerContext) -> Call
 
     def step(batch: Batch) -> None:
         batch = batch.to(context.device)
-        output = engine(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values,
-            masks=batch.masks,
-            valid=batch.valid,
-            objectives=stage.objectives,
-            group_size=batch.group_size,
-        )
+        output = engine(**batch.model_inputs(), objectives=stage.objectives)
         engine.backward(output.loss)
         optimizer_step(engine, job.train)
         if context.device.type == "cuda":

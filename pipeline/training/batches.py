@@ -77,6 +77,17 @@ class Batch:
             group_size=self.group_size,
         )
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What :class:`model.GLSCLForPreTraining` takes, but for the objectives' weights."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "pixel_values": self.pixel_values,
+            "masks": self.masks,
+            "valid": self.valid,
+            "group_size": self.group_size,
+        }
+
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that :meth:`to` overlaps with computing (the DataLoader calls this)."""
         return Batch(

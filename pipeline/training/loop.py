@@ -201,15 +201,7 @@ def _train_step(
         batch = batch.to(context.device)
         # Dropout is the one draw that torch makes from its global generator.
         torch.manual_seed(derive_seed(worker.plan.job.seed, "dropout", step, part, context.rank))
-        output = engine(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values,
-            masks=batch.masks,
-            valid=batch.valid,
-            objectives=stage.objectives,
-            group_size=batch.group_size,
-        )
+        output = engine(**batch.model_inputs(), objectives=stage.objectives)
         check_finite(output.losses, batch.keys, step + 1)
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
         engine.backward(output.loss)

@@ -48,11 +48,6 @@ def _script(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="known fault: now and then the second raylet cannot fetch the package of the job's folder "
-    "(two raylets on one machine share the folder it is unpacked into)",
-)
 def test_a_submitted_job_trains_on_both_raylets(ray_cluster: RayCluster, tmp_path: Path) -> None:
     job_id = jobs.submit(
         _script(tmp_path, SPREAD),

@@ -11,15 +11,7 @@ from tests.end_to_end.command import Command, committed
 from tests.fixtures.jobs import tiny_job, write_job
 from tests.fixtures.ray_cluster import RayCluster
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.server,
-    pytest.mark.xfail(
-        run=False,
-        reason="known fault: the folder Ray unpacked the job into is deleted while the job runs "
-        "(two raylets on one machine share it); the driver's Path.cwd() then fails",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 def test_a_submitted_job_prepares_trains_on_both_raylets_and_evaluates(
