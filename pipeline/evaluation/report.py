@@ -55,7 +55,9 @@ def _lines(outcomes: Sequence[Outcome]) -> Iterator[_Line]:
 
 def _both_ways(metrics: Mapping[str, float], name: str) -> str:
     values = [metrics.get(f"{way}_{name}") for way, _ in _DIRECTIONS]
-    return " / ".join(_percent(value) for value in values) if None not in values else "–"
+    if any(value is None for value in values):
+        return "–"
+    return " / ".join(f"{100 * value:.1f}" for value in values if value is not None) + " %"
 
 
 def _percent(value: float | None) -> str:

@@ -59,8 +59,8 @@ def test_text_has_a_line_per_evaluation_in_the_order_of_steps_with_multiples_of_
     assert lines[2].split("  ")[-1].strip() == "250 / 250"
     assert "8.0 %" in lines[2]
     assert "2.0 / 1.8" in lines[2]
-    assert "2.0 % / 1.0 %" in lines[2]  # recall at 1
-    assert "4.0 % / 2.0 %" in lines[2]  # and re-ranked
+    assert "2.0 / 1.0 %" in lines[2]  # recall at 1
+    assert "4.0 / 2.0 %" in lines[2]  # and re-ranked
     assert lines[4].endswith("failed: sha256-mismatch: <model> is not what was committed")
     assert text_report([]) == "no evaluations\n"
     assert chance_multiple(OUTCOMES[1], "t2i") == 2.0
