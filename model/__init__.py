@@ -3,6 +3,7 @@
 The model, its masks and its processor. Knows nothing of files, clusters or the rest of the project.
 """
 
+from model.cached import backward_in_parts
 from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
 from model.glscl import GLSCLModel, GLSCLModelOutput, TextFeatures, VisionFeatures
 from model.masking import PretrainingMasks, draw_masks
@@ -21,5 +22,6 @@ __all__ = [
     "PretrainingMasks",
     "TextFeatures",
     "VisionFeatures",
+    "backward_in_parts",
     "draw_masks",
 ]

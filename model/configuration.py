@@ -38,6 +38,11 @@ class GLSCLConfig(PreTrainedConfig):
         removal_ratio, replacement_ratio: share of patches removed (MGSC) and replaced (MLTC).
         mltc_on_video: compute MLTC for videos too. The paper's does it for images only; a batch of videos
             then has an MLTC term of zero.
+        hard_negatives: draw the wrong images of ITM by ITC similarity among the sample's group (beyond the
+            paper, which draws them at random); needs the ITC objective.
+        reference_gather: compute contrastive gradients as the released code does, for comparison: features of
+            other workers get no gradient from this worker's loss, and MLTC of vision finds its negatives in
+            the whole local batch. Gradients then depend on the number of workers.
     """
 
     model_type = "glscl"
@@ -67,6 +72,8 @@ class GLSCLConfig(PreTrainedConfig):
     removal_ratio: float = 0.8
     replacement_ratio: float = 0.3
     mltc_on_video: bool = False
+    hard_negatives: bool = False
+    reference_gather: bool = False
     bos_token_id: int = 0
     pad_token_id: int = 1
     eos_token_id: int = 2

@@ -34,6 +34,16 @@ class _Gather(torch.autograd.Function):
         return total.chunk(world_size())[rank()]
 
 
+class _ReferenceGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        return grads[0].chunk(world_size())[rank()]
+
+
 def gather(local: Tensor) -> Tensor:
     """[n, ...] on every worker (the same shape on each) -> [workers * n, ...] in rank order, no gradient."""
     workers = world_size()
@@ -45,9 +55,14 @@ def gather(local: Tensor) -> Tensor:
     return everything
 
 
-def gather_with_gradient(local: Tensor) -> Tensor:
-    """As :func:`gather`, with the gradient summed over the workers on its way back."""
-    return _Gather.apply(local) if world_size() > 1 else local
+def gather_with_gradient(local: Tensor, reference: bool = False) -> Tensor:
+    """As :func:`gather`, with the gradient summed over the workers on its way back.
+
+    ``reference``: the released code's gather, whose gradient is only what this worker's own loss says.
+    """
+    if world_size() == 1:
+        return local
+    return _ReferenceGather.apply(local) if reference else _Gather.apply(local)
 
 
 def sum_over_workers(values: Tensor) -> Tensor:

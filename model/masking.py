@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class PretrainingMasks:
         replaced_patches: [B, M] int64, ascending, the 30 % replaced by the mask token.
         itm_partner: [B] int64, the sample (index into this batch) whose image the text meets.
         itm_labels: [B] int64, 1 own image, 0 wrong image.
+        itm_draw: [B] float64 in [0, 1), with which ``hard_negatives`` chooses another wrong image.
     """
 
     mlm_input_ids: Tensor
@@ -45,6 +46,7 @@ class PretrainingMasks:
     replaced_patches: Tensor
     itm_partner: Tensor
     itm_labels: Tensor
+    itm_draw: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PretrainingMasks:
         """The same masks on ``device``."""
@@ -53,6 +55,16 @@ class PretrainingMasks:
     def pin_memory(self) -> PretrainingMasks:
         """The same masks in page-locked memory (called by torch's DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def part(self, start: int, stop: int) -> PretrainingMasks:
+        """The masks of samples ``start`` to ``stop`` (whole groups), as if they were a batch of their own."""
+        cut = self._map(lambda tensor: tensor[start:stop])
+        return replace(cut, itm_partner=cut.itm_partner - start)
+
+    def trimmed(self, length: int) -> PretrainingMasks:
+        """The masks of texts cut to ``length`` tokens (of which the rest was padding)."""
+        names = ("mlm_input_ids", "mlm_labels", "completion_input_ids", "completion_positions")
+        return replace(self, **{name: getattr(self, name)[:, :length] for name in names})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PretrainingMasks:
         return PretrainingMasks(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
@@ -95,7 +107,7 @@ def draw_masks(
 
     # A fixed layout of uniforms per sample, sized by the configuration and not by the batch.
     reach = config.max_text_length
-    uniform = np.empty((batch, 1 + 4 * reach + 2 * num_patches))
+    uniform = np.empty((batch, 1 + 4 * reach + 2 * num_patches + 1))
     for row, seed in enumerate(seeds):
         np.random.Generator(np.random.Philox(key=seed)).random(out=uniform[row])
     for_words, for_actions, for_tokens, for_positions = (
@@ -114,9 +126,10 @@ def draw_masks(
         completion_input_ids=torch.from_numpy(np.where(completion, config.mask_token_id, ids)),
         completion_positions=torch.from_numpy(completion),
         kept_patches=_lowest(uniform[:, 1 + 4 * reach : 1 + 4 * reach + num_patches], kept),
-        replaced_patches=_lowest(uniform[:, 1 + 4 * reach + num_patches :], replaced),
+        replaced_patches=_lowest(uniform[:, 1 + 4 * reach + num_patches : -1], replaced),
         itm_partner=torch.from_numpy(partner),
         itm_labels=torch.from_numpy(labels),
+        itm_draw=torch.from_numpy(uniform[:, -1].copy()),
     )
 
 
@@ -186,3 +199,30 @@ def _wrong_images(valid: np.ndarray, seeds: Sequence[int], group_size: int) -> t
         partner[wrong] = np.roll(wrong, 1) if len(wrong) > 1 else order[1]
         labels[wrong] = 0
     return partner, labels
+
+
+def hard_partners(similarity: Tensor, masks: PretrainingMasks, valid: Tensor, group_size: int) -> Tensor:
+    """Wrong images for ITM that are hard to tell from the right one.
+
+    A text whose ``itm_labels`` is 0 meets the image of another valid sample of its group, drawn with
+    probability proportional to exp(``similarity``) by the sample's ``itm_draw``; where there is no other, and
+    for label 1, the partner is that of ``masks``.
+
+    Args:
+        similarity: [B, B] of texts (rows) and images, divided by the temperature.
+        valid: [B] bool.
+
+    Returns:
+        [B] int64 partners.
+    """
+    batch = len(valid)
+    place = torch.arange(batch, device=valid.device)
+    others = (place[:, None] // group_size == place // group_size) & valid & (place[:, None] != place)
+    # float64: a draw must fall on the same sample whatever the order of summation was.
+    chances = similarity.double().masked_fill(~others, -torch.inf)
+    chances = torch.softmax(chances, dim=1).nan_to_num(0.0)
+    below = chances.cumsum(dim=1) <= masks.itm_draw[:, None]
+    last = torch.where(others, place, -1).amax(dim=1)
+    drawn = torch.minimum(below.sum(dim=1), last)
+    wrong = (masks.itm_labels == 0) & valid & others.any(dim=1)
+    return torch.where(wrong, drawn, masks.itm_partner)

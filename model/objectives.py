@@ -61,6 +61,7 @@ def global_info_nce(
     valid: Tensor,
     all_valid: Tensor,
     count: int,
+    reference: bool = False,
 ) -> Tensor:
     """InfoNCE in both directions (summed) between paired rows, negatives from all workers.
 
@@ -70,6 +71,7 @@ def global_info_nce(
         temperature: divides the cosine similarities.
         valid: [n] bool rows that count; all_valid: [m] bool the same of all workers.
         count: valid rows on all workers.
+        reference: pass the gradient through the gather as the released code does.
 
     Returns:
         scaled scalar term.
@@ -77,7 +79,7 @@ def global_info_nce(
     rows, sets = first.shape[:2]
     first, second = (F.normalize(in_full_precision(x), dim=-1) for x in (first, second))
     all_first, all_second = (
-        gather_with_gradient(x) if x.requires_grad else gather(x) for x in (first, second)
+        gather_with_gradient(x, reference) if x.requires_grad else gather(x) for x in (first, second)
     )
     target = torch.arange(rows, device=first.device) + rank() * rows
     target = target.repeat(sets)
@@ -135,7 +137,7 @@ def masked_language_loss(logits: Tensor, labels: Tensor, count: int) -> tuple[Te
 
 
 def token_completion_loss(
-    completed: Tensor, target: Tensor, temperature: float, counts: GlobalCounts
+    completed: Tensor, target: Tensor, temperature: float, counts: GlobalCounts, reference: bool = False
 ) -> Tensor:
     """MLTC of text: ``completed`` and ``target`` [k, D] are this worker's masked tokens (k differs by
     worker).
@@ -149,4 +151,5 @@ def token_completion_loss(
     completed, target = (F.pad(x, (0, 0, 0, most - own)) for x in (completed, target))
     place = torch.arange(most, device=completed.device)
     all_valid = torch.cat([place < k for k in counts.completion_tokens])
-    return global_info_nce(completed[:, None], target[:, None], temperature, place < own, all_valid, total)
+    rows = (completed[:, None], target[:, None])
+    return global_info_nce(*rows, temperature, place < own, all_valid, total, reference)

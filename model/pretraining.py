@@ -10,7 +10,7 @@ Shape legend: B samples, T text tokens, F frames, P patches of a frame, D width,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,20 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from model.configuration import OBJECTIVES, GLSCLConfig
+from model.contrast import ContrastiveFeatures, contrastive_terms
 from model.fusion import FusionPass
 from model.gather import sum_over_workers, world_size
 from model.glscl import GLSCLModel, GLSCLPreTrainedModel, TextFeatures, VisionFeatures, valid_tokens
 from model.heads import ContrastiveProjection, MaskedLanguageHead, MatchingHead, Temperature
-from model.masking import PretrainingMasks
+from model.masking import PretrainingMasks, hard_partners
 from model.objectives import (
     GlobalCounts,
     exchange_counts,
-    global_info_nce,
     group_info_nce,
+    in_full_precision,
     masked_language_loss,
     matching_loss,
     mean_over_all,
-    token_completion_loss,
 )
 from model.parameters import parameter_groups
 
@@ -47,11 +47,35 @@ class GLSCLPreTrainingOutput(ModelOutput):
             ``losses``, and the mean of the gradients is the gradient of that.
         losses: per objective the detached value over all workers, unweighted.
         metrics: detached values over all workers: ``temperature``, ``itm_accuracy``, ``mlm_accuracy``.
+        partial: of a call for one :class:`StepPart`, instead of ``losses`` and ``metrics``.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] | None = None
+    partial: PartialStep | None = None
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """What a forward over one part of a worker's batch has to know, see :mod:`model.cached`.
+
+    Args:
+        counts: of the whole step, all workers and all parts.
+        gradients: of the weighted contrastive losses by this part's features; None: compute the features.
+    """
+
+    counts: GlobalCounts
+    gradients: ContrastiveFeatures | None
+
+
+@dataclass(frozen=True)
+class PartialStep:
+    """What one part gives to the step: its features, or (detached, of this worker) terms and right answers."""
+
+    features: ContrastiveFeatures | None = None
+    terms: dict[str, Tensor] | None = None
+    right: dict[str, Tensor] | None = None
 
 
 class GLSCLForPreTraining(GLSCLPreTrainedModel):
@@ -110,6 +134,7 @@ class GLSCLForPreTraining(GLSCLPreTrainedModel):
         valid: Tensor,
         objectives: Mapping[str, float],
         group_size: int,
+        part: StepPart | None = None,
     ) -> GLSCLPreTrainingOutput:
         """Compute the objectives named in ``objectives`` (name -> weight) and their weighted sum.
 
@@ -119,7 +144,9 @@ class GLSCLForPreTraining(GLSCLPreTrainedModel):
             masks: from :func:`model.masking.draw_masks`, on the device of the inputs.
             valid: [B] bool; the other samples enter no loss and serve as no negative.
             objectives: weights, keys from ``OBJECTIVES``.
-            group_size: consecutive samples among which MLTC of vision finds its negatives.
+            group_size: consecutive samples among which MLTC of vision finds its negatives and ITM, with
+                ``config.hard_negatives``, its wrong images.
+            part: this is one of several parts of the worker's batch; :mod:`model.cached` passes it.
 
         Every worker must bring batches of the same B, F and resolution; T may differ.
 
@@ -131,13 +158,95 @@ class GLSCLForPreTraining(GLSCLPreTrainedModel):
             raise ValueError(f"objectives {unknown or '(none)'}: choose from {', '.join(OBJECTIVES)}")
         if len(input_ids) % group_size:
             raise ValueError(f"a batch of {len(input_ids)} does not divide into groups of {group_size}")
-        step = _Step(self, valid_tokens(attention_mask), pixel_values.shape[1], masks, valid, set(objectives))
+        if self.config.hard_negatives and "itm" in objectives and "itc" not in objectives:
+            raise ValueError("hard negatives of ITM are drawn by ITC similarity: they need the objective itc")
+        wanted = set(objectives)
+        chosen = select_tokens(self.config, masks, valid, pixel_values.shape[1], wanted)
+        counts = part.counts if part is not None else exchange_counts(valid, *chosen.numbers())
+        step = _Step(self, valid_tokens(attention_mask), masks, valid, wanted, chosen, counts, group_size)
         step.encode(input_ids, pixel_values)
         step.fuse()
-        terms = step.terms(group_size)
-        loss = sum((weight * terms[name] for name, weight in objectives.items()), start=step.zero)
-        losses, metrics = step.report(terms)
-        return GLSCLPreTrainingOutput(loss=loss, losses=losses, metrics=metrics)
+        features = step.features()
+        if part is not None and part.gradients is None:
+            return GLSCLPreTrainingOutput(partial=PartialStep(features=features.detached()))
+        terms = step.local_terms()
+        if part is not None:
+            assert part.gradients is not None
+            loss = weighted_sum(objectives, terms, step.zero) + features.dot(part.gradients)
+            detached = {name: term.detach() for name, term in terms.items()}
+            return GLSCLPreTrainingOutput(loss=loss, partial=PartialStep(terms=detached, right=step.right))
+        terms = added(terms, contrastive_terms(self.config, features, valid, counts))
+        losses, metrics = report(objectives, terms, step.right, counts, features.temperature)
+        return GLSCLPreTrainingOutput(
+            loss=weighted_sum(objectives, terms, step.zero), losses=losses, metrics=metrics
+        )
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """The masked text tokens of this worker that enter a loss.
+
+    Args:
+        labels: [B, T] int64, token to be predicted by MLM, -100 elsewhere.
+        positions: [B, T] bool, tokens to be completed by MLTC.
+        local: whether MLTC is computed at all.
+    """
+
+    labels: Tensor
+    positions: Tensor
+    local: bool
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """How many tokens MLM predicts and MLTC completes."""
+        return (self.labels >= 0).sum(), self.positions.sum()
+
+
+def select_tokens(
+    config: GLSCLConfig, masks: PretrainingMasks, valid: Tensor, frames: int, wanted: Collection[str]
+) -> ChosenTokens:
+    """Of the masked tokens those of valid samples, for the objectives that are wanted."""
+    # The paper completes local tokens of images only.
+    local = "mltc" in wanted and (frames == 1 or config.mltc_on_video)
+    labels = masks.mlm_labels.masked_fill(~valid[:, None], -100)
+    positions = masks.completion_positions & valid[:, None]
+    return ChosenTokens(
+        labels if "mlm" in wanted else torch.full_like(labels, -100),
+        positions if local else torch.zeros_like(positions),
+        local,
+    )
+
+
+def added(terms: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Terms by objective, summed where both have one (MLTC's halves)."""
+    total = dict(terms)
+    for name, term in more.items():
+        total[name] = total[name] + term if name in total else term
+    return total
+
+
+def weighted_sum(objectives: Mapping[str, float], terms: Mapping[str, Tensor], zero: Tensor) -> Tensor:
+    """The scalar that is minimised."""
+    return sum((objectives[name] * term for name, term in terms.items()), start=zero)
+
+
+def report(
+    objectives: Mapping[str, float],
+    terms: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    counts: GlobalCounts,
+    temperature: Tensor | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and metrics over all workers, in one reduction."""
+    counted = {"itm": counts.samples, "mlm": counts.mlm_tokens}
+    names = [name for name in OBJECTIVES if name in objectives]
+    values = [in_full_precision(terms[name]) for name in names]
+    accuracies = [mean_over_all(number.to(values[0].dtype), counted[name]) for name, number in right.items()]
+    means = sum_over_workers(torch.stack([*values, *accuracies])) / world_size()
+    losses = dict(zip(names, means[: len(names)], strict=True))
+    metrics = {f"{name}_accuracy": mean for name, mean in zip(right, means[len(names) :], strict=True)}
+    if temperature is not None:
+        metrics["temperature"] = temperature.detach()[0]
+    return losses, metrics
 
 
 class _Step:
@@ -147,27 +256,20 @@ class _Step:
         self,
         model: GLSCLForPreTraining,
         mask: Tensor,
-        frames: int,
         masks: PretrainingMasks,
         valid: Tensor,
         wanted: set[str],
+        chosen: ChosenTokens,
+        counts: GlobalCounts,
+        group_size: int,
     ) -> None:
-        self.model, self.mask, self.frames, self.masks, self.valid, self.wanted = (
-            model,
-            mask,
-            frames,
-            masks,
-            valid,
-            wanted,
-        )
-        # The paper completes local tokens of images only.
-        self.local = "mltc" in wanted and (frames == 1 or model.config.mltc_on_video)
+        self.model, self.mask, self.masks, self.valid = model, mask, masks, valid
+        self.wanted, self.counts = wanted, counts
+        self.labels, self.positions, self.local = chosen.labels, chosen.positions, chosen.local
         self.completing = self.local or "mgsc" in wanted
-        labels = masks.mlm_labels.masked_fill(~valid[:, None], -100)
-        self.labels = labels if "mlm" in wanted else torch.full_like(labels, -100)
-        positions = masks.completion_positions & valid[:, None]
-        self.positions = positions if self.local else torch.zeros_like(positions)
-        self.counts: GlobalCounts = exchange_counts(valid, (self.labels >= 0).sum(), self.positions.sum())
+        self.partner_group = group_size
+        # The released code compares the patches of the whole local batch.
+        self.patch_group = len(valid) if model.config.reference_gather else group_size
         self.texts: dict[str, Tensor] = {}
         self.visions: dict[str, Tensor] = {}
         self.fused: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -176,6 +278,7 @@ class _Step:
     def encode(self, input_ids: Tensor, pixel_values: Tensor) -> None:
         """Every distinct input once: texts in one batch, complete and replaced vision in one batch."""
         backbone, masks = self.model.glscl, self.masks
+        self.frames = pixel_values.shape[1]
         texts = {"complete": input_ids}
         if "mlm" in self.wanted:
             texts["mlm"] = masks.mlm_input_ids
@@ -183,7 +286,7 @@ class _Step:
             texts["masked"] = masks.completion_input_ids
         encoded = backbone.text_encoder(torch.cat(list(texts.values())), self.mask.repeat(len(texts), 1))
         states = backbone.text_transform(encoded)
-        self.text_classes = states[: len(input_ids), :1]
+        text_classes = states[: len(input_ids), :1]
         with_type = states + backbone.token_type(0, states.device)
         self.texts = dict(zip(texts, with_type.chunk(len(texts)), strict=True))
 
@@ -191,7 +294,11 @@ class _Step:
         replaced = masks.replaced_patches if self.local else None
         complete, removed, swapped = backbone.vision_encoder(pixel_values, kept, replaced)
         complete = backbone.vision_transform(complete)
-        self.vision_classes = complete[:, : self.frames]
+        vision_classes = complete[:, : self.frames]
+        if "itc" in self.wanted:
+            self.text = self.model.text_projection(text_classes)
+            self.vision = self.model.vision_projection(vision_classes)
+            self.temperature = self.model.temperature()
         vision_type = backbone.token_type(1, states.device)
         self.visions["complete"] = complete + vision_type
         if removed is not None:
@@ -208,7 +315,7 @@ class _Step:
         # (text, vision, partner, text rows, vision rows) by name of the pass
         plan: dict[str, tuple[str, str, Tensor | None, Tensor | None, Tensor | None]] = {}
         if "itm" in wanted:
-            plan["itm"] = ("complete", "complete", self.masks.itm_partner, first, classes)
+            plan["itm"] = ("complete", "complete", self._partner(), first, classes)
         if "mlm" in wanted:
             rows, self.mlm_real = _padded_rows(self.labels >= 0)
             self.mlm_rows = rows
@@ -242,11 +349,38 @@ class _Step:
         offsets = self.frames + torch.arange(self.frames, device=replaced.device) * patches
         return (replaced[:, None] + offsets[:, None]).flatten(1)
 
-    def terms(self, group_size: int) -> dict[str, Tensor]:
-        """The scaled loss of each wanted objective."""
-        terms: dict[str, Tensor] = {}
+    def _partner(self) -> Tensor:
+        """[B] whose image each text meets in ITM."""
+        if not self.model.config.hard_negatives:
+            return self.masks.itm_partner
+        text, vision = (F.normalize(in_full_precision(x.detach()), dim=-1) for x in (self.text, self.vision))
+        similarity = text @ vision.T / self.temperature.detach()
+        return hard_partners(similarity, self.masks, self.valid, self.partner_group)
+
+    def features(self) -> ContrastiveFeatures:
+        """What is compared with all workers, in full precision."""
+        found: dict[str, Tensor] = {}
         if "itc" in self.wanted:
-            terms["itc"] = self._itc()
+            found |= {"text": self.text[:, None], "vision": self.vision[:, None]}
+            found["temperature"] = self.temperature
+        if self.completing:
+            (text_a, vision_a), (text_b, vision_b) = self.fused["a"], self.fused["b"]
+            assert text_a is not None
+            assert text_b is not None
+            assert vision_b is not None
+            if "mgsc" in self.wanted:
+                assert vision_a is not None
+                found |= {"global_text": text_b[:, :1], "global_vision": vision_a}
+                found["global_text_target"] = text_a[:, :1].detach()
+                found["global_vision_target"] = vision_b[:, : self.frames].detach()
+            if self.local:
+                found["local_text"] = text_b[:, 1:][self.text_real]
+                found["local_text_target"] = text_a[:, 1:][self.text_real].detach()
+        return ContrastiveFeatures(**{name: in_full_precision(value) for name, value in found.items()})
+
+    def local_terms(self) -> dict[str, Tensor]:
+        """The scaled terms that compare with no other worker; MLTC's is that of vision."""
+        terms: dict[str, Tensor] = {}
         if "itm" in self.wanted:
             text, vision = self.fused["itm"]
             logits = self.model.matching_head(self.model.glscl.pool(text, vision))  # type: ignore[arg-type]
@@ -258,68 +392,23 @@ class _Step:
             labels = self.labels.gather(1, self.mlm_rows)[self.mlm_real]
             logits = self.model.language_head(states[self.mlm_real])
             terms["mlm"], self.right["mlm"] = masked_language_loss(logits, labels, self.counts.mlm_tokens)
-        if "mgsc" in self.wanted:
-            terms["mgsc"] = self._mgsc()
         if "mltc" in self.wanted:
-            terms["mltc"] = self._mltc(group_size) if self.local else self.zero
+            terms["mltc"] = self._patch_completion() if self.local else self.zero
         return terms
 
-    def _itc(self) -> Tensor:
-        text = self.model.text_projection(self.text_classes)
-        vision = self.model.vision_projection(self.vision_classes)
-        counts = self.counts
-        return global_info_nce(
-            text[:, None], vision[:, None], self.model.temperature(), self.valid, counts.valid, counts.samples
-        )
-
-    def _mgsc(self) -> Tensor:
-        (text_a, vision_a), (text_b, vision_b) = self.fused["a"], self.fused["b"]
-        assert text_a is not None
-        assert text_b is not None
-        assert vision_a is not None
-        assert vision_b is not None
-        temperature, counts = self.model.config.completion_temperature, self.counts
-        target = vision_b[:, : self.frames].detach()
-        rest = (temperature, self.valid, counts.valid, counts.samples)
-        return global_info_nce(vision_a, target, *rest) + global_info_nce(
-            text_b[:, :1], text_a[:, :1].detach(), *rest
-        )
-
-    def _mltc(self, group_size: int) -> Tensor:
-        text_a, (text_b, vision_b), vision_c = self.fused["a"][0], self.fused["b"], self.fused["c"][1]
-        assert text_a is not None
-        assert text_b is not None
+    def _patch_completion(self) -> Tensor:
+        vision_b, vision_c = self.fused["b"][1], self.fused["c"][1]
         assert vision_b is not None
         assert vision_c is not None
-        temperature = self.model.config.completion_temperature
-        completed, target = text_b[:, 1:][self.text_real], text_a[:, 1:][self.text_real].detach()
-        of_text = token_completion_loss(completed, target, temperature, self.counts)
         tokens, width = vision_c.shape[1:]
-        shape = (-1, group_size * tokens, width)
-        valid = self.valid[:, None].expand(-1, tokens).reshape(-1, group_size * tokens)
-        of_vision = group_info_nce(
+        shape = (-1, self.patch_group * tokens, width)
+        return group_info_nce(
             vision_c.reshape(shape),
             vision_b[:, self.frames :].detach().reshape(shape),
-            temperature,
-            valid,
+            self.model.config.completion_temperature,
+            self.valid[:, None].expand(-1, tokens).reshape(-1, self.patch_group * tokens),
             self.counts.samples * tokens,
         )
-        return of_text + of_vision
-
-    def report(self, terms: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values over all workers, in one reduction."""
-        count = {"itm": self.counts.samples, "mlm": self.counts.mlm_tokens}
-        accuracies = [
-            mean_over_all(right.to(self.zero.dtype), count[name]) for name, right in self.right.items()
-        ]
-        values = sum_over_workers(torch.stack([*terms.values(), *accuracies])) / world_size()
-        losses = dict(zip(terms, values[: len(terms)], strict=True))
-        metrics = {
-            f"{name}_accuracy": value for name, value in zip(self.right, values[len(terms) :], strict=True)
-        }
-        if "itc" in self.wanted:
-            metrics["temperature"] = self.model.temperature().detach()[0]
-        return losses, metrics
 
 
 def _padded_rows(flags: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,10 +66,8 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` as the batch of one worker (a whole number of groups)."""
-        cut = {name: getattr(self.masks, name)[start:stop] for name in self.masks.__dataclass_fields__}
-        cut["itm_partner"] = cut["itm_partner"] - start
         rest = (getattr(self, name)[start:stop] for name in list(self.__dataclass_fields__)[:-1])
-        return Batch(*rest, PretrainingMasks(**cut))  # type: ignore[arg-type]
+        return Batch(*rest, self.masks.part(start, stop))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Any]:
         """As keyword arguments, without weights and group size."""
