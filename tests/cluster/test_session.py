@@ -34,13 +34,11 @@ configs = {
     "workers": ClusterConfig(num_cpus=1),
 }
 for name, config in configs.items():
-    began = time.monotonic()
     try:
         with session(config, workers=2):
             told[name] = "no error"
     except ClusterError as error:
         told[name] = str(error)
-    assert time.monotonic() - began < 20, name
 print("TOLD", json.dumps(told))
 """
 

@@ -132,10 +132,8 @@ def _one_mistake(context: WorkerContext, folder: Path) -> None:
 def test_a_mistake_in_one_worker_is_raised_once_while_the_other_waits(
     ray_session: None, tmp_path: Path
 ) -> None:
-    began = time.monotonic()
     with pytest.raises(Mistake, match=r"^train\.stages\[0\]\.steps: 3 is odd$") as caught:
         _run(_one_mistake, tmp_path)
-    assert time.monotonic() - began < 100  # Ray waits 30 s for a farewell, torch 1800 s for the other worker
     assert "_one_mistake" in str(caught.value.__cause__)  # the worker's traceback is not lost
     assert len(list((tmp_path / "notes").iterdir())) == 2  # each worker ran once
 

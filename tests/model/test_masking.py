@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 
 import pytest
 import torch
 
 from model import GLSCLConfig, PretrainingMasks, draw_masks
+from model.masking import hard_partners
 from tests.model.small import small_batch, small_config
 
 
@@ -132,16 +133,6 @@ def test_a_group_with_one_valid_sample_stays_matched() -> None:
     assert masks.itm_partner.tolist() == [0, 1, 2, 3]
 
 
-def test_a_batch_of_128_is_drawn_in_a_few_milliseconds() -> None:
-    config = GLSCLConfig.preset("base")
-    words, times = _words(128, 50), []
-    for _ in range(5):
-        start = time.process_time()
-        _draw(config, words, list(range(128)), num_patches=324, group_size=32)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05  # about 5 ms; the rest is room for a busy machine
-
-
 def test_lengths_that_do_not_fit_are_refused() -> None:
     config = small_config()
     with pytest.raises(ValueError, match="groups of 4"):
@@ -150,3 +141,31 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         _draw(config, _words(6, 8), list(range(5)))
     with pytest.raises(ValueError, match="longest allowed is 12"):
         _draw(config, _words(6, 14), list(range(6)))
+
+
+def test_hard_negatives_are_other_valid_samples_of_the_group_drawn_by_similarity() -> None:
+    config = small_config()
+    drawn: Counter[int] = Counter()
+    similarity = torch.tensor([[9.0, 1.0, 0.0, 5.0, 7.0, 7.0]]).repeat(6, 1)
+    for seed in range(300):
+        batch = small_batch(config, 6, invalid=(3,), group_size=6, seed=seed)
+        partner = hard_partners(similarity, batch.masks, batch.valid, group_size=6)
+        for row in range(6):
+            if row == 3 or batch.masks.itm_labels[row] == 1:
+                assert partner[row] == batch.masks.itm_partner[row] == row
+            else:
+                assert partner[row] not in (row, 3)
+        drawn[int(partner[0])] += int(batch.masks.itm_labels[0] == 0)
+    shares = torch.softmax(torch.tensor([1.0, 0.0, 7.0, 7.0]), 0).tolist()
+    total = drawn.total()
+    assert total > 100
+    for image, share in zip((1, 2, 4, 5), shares, strict=True):
+        assert drawn[image] / total == pytest.approx(share, abs=0.1)
+
+
+def test_hard_negatives_stay_in_their_group() -> None:
+    batch = small_batch(small_config(), 8, invalid=(1, 6, 7), group_size=2, seed=3)
+    partner = hard_partners(torch.randn(8, 8) * 20, batch.masks, batch.valid, group_size=2)
+    assert torch.equal(partner // 2, torch.arange(8) // 2)
+    for alone in (0, 1, 6, 7):  # without another valid sample there is no wrong image
+        assert partner[alone] == alone

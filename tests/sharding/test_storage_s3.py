@@ -175,10 +175,9 @@ def test_a_fault_that_stays_ends_after_the_configured_tries_with_the_url(storage
 
 def test_silence_ends_by_time_out(storage, proxy):
     proxy.faults.extend(["stall"] * 100)
-    began = time.monotonic()
     with pytest.raises(StorageFault):
         storage.size("file")
-    assert time.monotonic() - began < 10
+    assert len(proxy.requests) == 4
 
 
 def test_a_create_whose_answer_was_lost_is_still_ours_and_one_that_lost_the_race_is_not(storage, proxy):
