@@ -126,6 +126,11 @@ class TrainBlock(Block):
     accumulation: Annotated[int, Field(ge=1)] = Field(
         1, description="contrastive batches of one global batch"
     )
+    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="samples a worker computes at once: its share of a contrastive batch is then worked off in parts, "
+        "with the same gradient and about a third more time; null: all at once",
+    )
     lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
     shuffle_window: Annotated[int, Field(ge=1)] = Field(
         16384, description="samples shuffled among each other"
@@ -158,6 +163,11 @@ class TrainBlock(Block):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def parts(self, stage: StageBlock) -> int:
+        """In how many parts a worker computes its share of a stage's contrastive batch."""
+        share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
+        return share // self.micro_batch if self.micro_batch else 1
+
     @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage, 0 to 3."""
@@ -187,11 +197,25 @@ class TrainBlock(Block):
                     f"stage '{stage.name}': a global batch of {batch} is not a multiple of lanes x accumulation "
                     f"= {unit}; the nearest that is: {max(unit, round(batch / unit) * unit)}"
                 )
+            self._check_micro_batch(stage, batch)
+        if len({self.parts(stage) for stage in self.stages}) > 1:
+            raise ValueError(
+                "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
+            )
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"train.stages: two stages are named '{name}'")
         return self
+
+    def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
+        group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)
+        if self.micro_batch is not None and (share % self.micro_batch or self.micro_batch % group):
+            possible = [size for size in divisors(share) if size % group == 0]
+            raise ValueError(
+                f"train.micro_batch: got {self.micro_batch}; stage '{stage.name}' gives a worker {share} samples "
+                f"in groups of {group}: choose from {possible}"
+            )
 
 
 class CheckpointBlock(Block):

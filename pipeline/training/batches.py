@@ -88,6 +88,24 @@ class Batch:
             "group_size": self.group_size,
         }
 
+    def parts(self, number: int) -> list[dict[str, Any]]:
+        """:meth:`model_inputs` of so many consecutive parts, each text trimmed to the longest of its part."""
+        size = len(self.keys) // number
+        cuts = []
+        for start in range(0, len(self.keys), size):
+            rows = slice(start, start + size)
+            longest = int(self.attention_mask[rows].sum(dim=1).max())
+            cuts.append(
+                {
+                    "input_ids": self.input_ids[rows, :longest],
+                    "attention_mask": self.attention_mask[rows, :longest],
+                    "pixel_values": self.pixel_values[rows],
+                    "masks": self.masks.part(start, start + size).trimmed(longest),
+                    "valid": self.valid[rows],
+                }
+            )
+        return cuts
+
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that :meth:`to` overlaps with computing (the DataLoader calls this)."""
         return Batch(

@@ -30,10 +30,11 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
 
 def deepspeed_config(train: TrainBlock) -> dict[str, Any]:
     """The job's ``deepspeed`` block, completed by what the job decides (see ``config.DEEPSPEED_OWNED``)."""
+    backwards = train.accumulation * train.parts(train.stages[0])
     config: dict[str, Any] = {
         **train.deepspeed,
-        "train_micro_batch_size_per_gpu": train.global_batch // (train.accumulation * train.workers),
-        "gradient_accumulation_steps": train.accumulation,
+        "train_micro_batch_size_per_gpu": train.global_batch // (backwards * train.workers),
+        "gradient_accumulation_steps": backwards,
         "gradient_clipping": train.clipping or 0.0,
     }
     config.setdefault("steps_per_print", 2**31)  # the job reports by itself

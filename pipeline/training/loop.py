@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from model import backward_in_parts
 from pipeline.config import JobConfig, StageBlock
 from pipeline.tracking import MetricLogger
 from pipeline.training.batches import Batch, stage_loader
@@ -199,17 +200,60 @@ def _train_step(
         batch, seconds = next(batches)
         waited += seconds
         batch = batch.to(context.device)
-        # Dropout is the one draw that torch makes from its global generator.
-        torch.manual_seed(derive_seed(worker.plan.job.seed, "dropout", step, part, context.rank))
-        output = engine(**batch.model_inputs(), objectives=stage.objectives)
-        check_finite(output.losses, batch.keys, step + 1)
+        losses, metrics = _forward_backward(worker, stage, batch, step, part)
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
-        engine.backward(output.loss)
         optimizer_step(engine, train)
         samples += len(batch.keys) * context.world_size
-        for name, value in {**output.losses, **output.metrics}.items():
+        for name, value in {**losses, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(value) / train.accumulation
     return _record(worker, stage, totals, scale, samples, began, waited)
+
+
+def _forward_backward(
+    worker: _Worker, stage: StageBlock, batch: Batch, step: int, number: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and metrics of contrastive batch ``number`` of a step, its gradient handed to the engine.
+
+    What is left to do is one step of the engine.
+    """
+    job, context, engine = worker.plan.job, worker.context, worker.engine
+    weights = {str(name): weight for name, weight in stage.objectives.items()}
+    parts = job.train.parts(stage)
+
+    def reseed(part: int) -> None:
+        # Dropout is the one draw that torch makes from its global generator.
+        draw = (number, context.rank) if parts == 1 else (number, context.rank, part)
+        torch.manual_seed(derive_seed(job.seed, "dropout", step, *draw))
+
+    if parts == 1:
+        reseed(0)
+        output = engine(**batch.model_inputs(), objectives=weights)
+        check_finite(output.losses, batch.keys, step + 1)
+        engine.backward(output.loss)
+        return output.losses, output.metrics
+
+    done = 0
+
+    def backward(loss: torch.Tensor) -> None:
+        nonlocal done
+        if done:
+            optimizer_step(engine, job.train)  # the part before is counted; nothing is updated yet
+        engine.backward(loss * parts)  # the engine averages over the parts, whose gradients belong added up
+        done += 1
+
+    output = backward_in_parts(
+        engine,
+        backward,
+        batch.parts(parts),
+        config=engine.module.config,
+        objectives=weights,
+        group_size=batch.group_size,
+        reseed=reseed,
+    )
+    assert output.losses is not None
+    assert output.metrics is not None
+    check_finite(output.losses, batch.keys, step + 1)
+    return output.losses, output.metrics
 
 
 def _record(

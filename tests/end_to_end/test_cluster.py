@@ -18,6 +18,7 @@ def test_a_submitted_job_prepares_trains_on_both_raylets_and_evaluates(
     ray_cluster: RayCluster, raw_corpus: Path, tmp_path: Path
 ) -> None:
     tree = tiny_job(raw_corpus, tmp_path / "storage", name="submitted")
+    tree["train"]["micro_batch"] = 4  # each worker computes its 8 samples in two parts
     job = write_job(tmp_path / "job.yaml", tree)
     address = ("--address", ray_cluster.dashboard)
     overrides = ("--set", "train.stages.1.steps=3")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import GLSCLForPreTraining, backward_in_parts
 from pipeline.config import JobConfig, parse_job
 from pipeline.training.batches import Batch, StageSampler, draw_mixture, stage_loader
 from pipeline.training.engine import model_config
@@ -115,6 +116,25 @@ def test_accumulation_cuts_the_same_global_batch_into_contrastive_batches(
     for number, batch in enumerate(whole):
         both = parts[2 * number].keys + parts[2 * number + 1].keys
         assert sorted(both) == sorted(batch.keys)
+
+
+def test_the_parts_of_a_batch_make_up_its_loss(job: JobConfig, readers: dict[str, ShardReader]) -> None:
+    model = GLSCLForPreTraining(model_config(job.model)).double().eval()
+    weights = {str(name): weight for name, weight in job.train.stages[0].objectives.items()}
+    batch = batches(job, readers)[2]  # half empty
+    whole = model(**batch.model_inputs(), objectives=weights)
+    got = backward_in_parts(
+        model,
+        lambda loss: loss.backward(),
+        batch.parts(4),
+        config=model.config,
+        objectives=weights,
+        group_size=batch.group_size,
+        reseed=lambda part: None,
+    )
+    assert got.losses.keys() == whole.losses.keys()
+    for name, value in whole.losses.items():
+        torch.testing.assert_close(got.losses[name], value)
 
 
 def test_a_batch_is_of_one_modality_and_a_clip_has_its_frames(

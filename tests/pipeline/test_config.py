@@ -30,6 +30,7 @@ def test_the_paper_weights_are_the_default(tree: dict[str, Any]) -> None:
         ("train.stages.0.stepz=3", "train.stages.0.stepz: unknown key; did you mean 'steps'?"),
         ("train.lanes=9", "train.lanes: got 9, which 2 workers do not divide; workers that do: [1, 3, 9]"),
         ("train.global_batch=18", "the nearest that is: 16"),
+        ("train.micro_batch=6", "a worker 8 samples in groups of 4: choose from [4, 8]"),
         ("train.stages.0.mixture={emoij: 1}", "there is no dataset 'emoij'; did you mean 'emoji'?"),
         ("train.workers=0", "train.workers: got 0; must be greater than or equal to 1"),
         ("train.precision=bf32", "train.precision: got 'bf32'; must be 'fp32', 'bf16' or 'fp16'"),
