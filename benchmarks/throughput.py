@@ -1,6 +1,6 @@
 """Samples/s of the loader alone, of the training step alone, and of both together, in one process.
 
-    python benchmarks/throughput.py glscl-demo/job.yaml --stage 0 --steps 20
+    python -m benchmarks.throughput glscl-demo/job.yaml --stage 0 --steps 20
 
 The job's datasets must be prepared (``glscl prepare``). "Both together" over "step alone" is what the training
 loses to its data; machines are shared and noisy, so the ratio of one run is the figure to quote.
