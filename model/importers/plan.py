@@ -171,7 +171,7 @@ def draw_plan(
         if made is not None:
             values[target] = made
     used = {name for recipe in blueprint.recipes.values() for name in recipe.sources}
-    ignored = {name: reason for name, reason in blueprint.ignored.items() if name not in used}
+    ignored = {name: reason for name, reason in sorted(blueprint.ignored.items()) if name not in used}
     unexpected = sorted(set(weights.tensors) - used - set(ignored))
     ignored |= {name: f"no tensor but {what}" for name, what in weights.others.items()}
     missing = sorted(set(missing))
