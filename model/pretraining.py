@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils import ModelOutput
 
 from model.configuration import OBJECTIVES, GLSCLConfig
 from model.contrast import ContrastiveFeatures, contrastive_terms
-from model.fusion import FusionPass
+from model.fusion import CrossAttention, FusionPass, SelfAttention
 from model.gather import sum_over_workers, world_size
 from model.glscl import GLSCLModel, GLSCLPreTrainedModel, TextFeatures, VisionFeatures, valid_tokens
 from model.heads import ContrastiveProjection, MaskedLanguageHead, MatchingHead, Temperature
@@ -36,6 +37,7 @@ from model.objectives import (
     mean_over_all,
 )
 from model.parameters import parameter_groups
+from model.vision import VisionBlock
 
 
 @dataclass
@@ -124,6 +126,17 @@ class GLSCLForPreTraining(GLSCLPreTrainedModel):
     ) -> list[dict[str, Any]]:
         """Optimizer groups of the paper's recipe, see :func:`model.parameters.parameter_groups`."""
         return parameter_groups(self, base_lr, weight_decay, fusion_multiplier, head_multiplier)
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block of the three encoders (not the whole: its control flow follows the batch).
+
+        Parameter names stay. Blocks of one kind share their compiled code; sizes that change (text length) are
+        compiled as dynamic ones after the second.
+        """
+        kinds = (VisionBlock, RobertaLayer, SelfAttention, CrossAttention)
+        for module in self.modules():
+            if isinstance(module, kinds):
+                module.compile()
 
     def forward(
         self,

@@ -40,6 +40,8 @@ DEEPSPEED_OWNED = {
     "scheduler": "train.schedule",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "compile": "train.compile",
     "activation_checkpointing": "train.activation_checkpointing",
     "checkpoint": "the checkpoints block",
 }
@@ -139,7 +141,11 @@ class TrainBlock(Block):
     cache_mb: Annotated[int, Field(ge=0)] = Field(
         0, description="local shard cache of a node; 0: range reads"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16-autocast", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16-autocast: parameters stay fp32, products are bf16; bf16, fp16: parameters too "
+        "(the optimizer's copy is fp32)",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
@@ -150,7 +156,10 @@ class TrainBlock(Block):
         default=None, description="largest gradient norm; null: none"
     )
     schedule: ScheduleBlock = ScheduleBlock()
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block in the backward instead of keeping its activations"
+    )
+    compile: bool = Field(default=False, description="torch.compile for each block; needs a compiler")
     bad_sample_limit: Fraction = Field(
         0.01, description="share of unreadable samples above which the run stops"
     )

@@ -24,6 +24,8 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
     model = GLSCLForPreTraining(model_config(block))
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable()
+    if train.compile:
+        model.compile_blocks()
     model.train()
     return model
 
@@ -38,7 +40,9 @@ def deepspeed_config(train: TrainBlock) -> dict[str, Any]:
         "gradient_clipping": train.clipping or 0.0,
     }
     config.setdefault("steps_per_print", 2**31)  # the job reports by itself
-    if train.precision != "fp32":
+    if train.precision == "bf16-autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif train.precision != "fp32":
         config[train.precision] = {"enabled": True}
     if train.zero_stage:
         # An offloaded optimizer is torch's AdamW too: DeepSpeed's own is compiled at first use.
