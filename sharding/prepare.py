@@ -285,8 +285,10 @@ class _Tasks:
             if isinstance(error.cause, UserError | StorageFault):
                 raise type(error.cause)(str(error.cause)) from None
             raise TaskFailed(f"{place} failed: {error.cause!r}") from error
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.WorkerCrashedError as error:
             raise TaskFailed(f"{place}: its process died in each of {self._retries + 1} tries") from error
+        except ray.exceptions.RayError as error:
+            raise TaskFailed(f"{place}: Ray gave it up: {' '.join(str(error).split())}") from error
         done(result)
 
     def stop(self) -> None:
