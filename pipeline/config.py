@@ -60,6 +60,10 @@ class ModelBlock(Block):
 
     preset: Literal["tiny", "base"] = "base"
     overrides: dict[str, Any] = Field(default_factory=dict)
+    weights: list[str] = Field(
+        default_factory=list,
+        description="files to begin with: CLIP, RoBERTa or released GLSCL weights, see model/importers",
+    )
     tokenizer: str = Field(
         default="builtin", description="'builtin' (RoBERTa's vocabulary) or a Hugging Face name or folder"
     )

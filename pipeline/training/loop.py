@@ -28,6 +28,7 @@ from pipeline.training.checkpoints import Checkpoint, resume, save_checkpoint
 from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config, optimizer_step
 from pipeline.training.health import BadSampleGuard, check_finite
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
+from pipeline.training.weights import load_weights
 from sharding.cache import ShardCache
 from sharding.manifest import load_manifest
 from sharding.reader import ShardReader
@@ -93,7 +94,15 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     storage = open_storage(job.storage)
     run = storage.at(plan.run_path)
     readers = _open_readers(storage, plan)
-    engine, peaks = build_engine(build_model(job.model, job.train, job.seed), job.train, context)
+    model = build_model(job.model, job.train, job.seed)
+    load_weights(
+        model,
+        job.model.weights,
+        storage,
+        plan.scratch / f"weights-{context.rank}",
+        tell=context.rank == 0,
+    )
+    engine, peaks = build_engine(model, job.train, context)
     newest = resume(engine, run, context, plan.scratch, expected=_identity(job, readers), warn=plan.warn)
     step = newest.step if newest else 0
     if context.rank == 0:

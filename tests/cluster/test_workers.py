@@ -63,7 +63,9 @@ def _killed_once(context: WorkerContext, folder: Path) -> None:
     _note(folder, context, "start")
     torch.distributed.barrier()
     if context.rank == 1 and first_time:
-        time.sleep(2)  # a death while Ray still starts the group is another story: it counts as a failed start
+        time.sleep(
+            2
+        )  # a death while Ray still starts the group is another story: it counts as a failed start
         os.kill(os.getpid(), signal.SIGKILL)
     torch.distributed.barrier()
     _note(folder, context, "end")
