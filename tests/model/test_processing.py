@@ -55,12 +55,12 @@ def test_text_over_the_limit_is_cut_and_empty_text_defined(processor: GLSCLProce
 
 def test_a_tokenizer_can_come_from_a_folder_and_must_fit(tmp_path: Path, processor: GLSCLProcessor) -> None:
     processor.tokenizer.save_pretrained(tmp_path)
-    again = GLSCLProcessor.from_config(processor.config, str(tmp_path))
+    again = GLSCLProcessor.from_config(GLSCLConfig.preset("tiny"), str(tmp_path))
     assert again.tokenize(_TEXTS)["input_ids"].tolist() == processor.tokenize(_TEXTS)["input_ids"].tolist()
     with pytest.raises(TokenizerError, match="8192 tokens, but the model's vocab_size is 50265"):
         GLSCLProcessor.from_config(GLSCLConfig.preset("base"), str(tmp_path))
     with pytest.raises(TokenizerError, match="no tokenizer under the name"):
-        GLSCLProcessor.from_config(processor.config, str(tmp_path / "missing"))
+        GLSCLProcessor.from_config(GLSCLConfig.preset("tiny"), str(tmp_path / "missing"))
     with pytest.raises(TokenizerError, match="no room for all bytes"):
         GLSCLProcessor.from_config(GLSCLConfig.preset("tiny", vocab_size=200))
 
