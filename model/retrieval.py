@@ -64,6 +64,7 @@ class GLSCLForImageTextRetrieval(GLSCLMatchingModel):
 
         Row 1 as it is, as in the released code, not its difference to row 0. Called by ``from_pretrained``.
         """
+        self.matching_head.requires_grad_(False)  # loading made its parameters anew
         if "rank_output.weight" in missing and "matching_head.classifier.weight" not in missing:
             with torch.no_grad():
                 self.rank_output.weight.copy_(self.matching_head.classifier.weight[1:])
