@@ -58,10 +58,7 @@ def attend_with_weights(
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    exact = torch.promote_types(
-        scores.dtype, torch.float32
-    )  # a softmax in half precision would lose its tail
-    weights = torch.softmax(scores, dim=-1, dtype=exact).to(value.dtype)
+    weights = torch.softmax(scores, dim=-1)
     output = F.dropout(weights, dropout) @ value
     return output.transpose(1, 2).flatten(2), weights
 

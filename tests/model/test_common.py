@@ -139,6 +139,21 @@ def test_eager_attention_equals_sdpa(
 
 
 @every_class
+def test_eager_attention_never_calls_the_fused_kernel(
+    kind: type[GLSCLPreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fused(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("scaled_dot_product_attention was called")
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused)
+    config = _config(attn_implementation="eager")
+    small_model_of(kind, config)(**arguments_of(kind, config, frames=2))
+    config = _config()
+    with pytest.raises(AssertionError, match="was called"):
+        small_model_of(kind, config)(**arguments_of(kind, config))
+
+
+@every_class
 def test_the_attention_implementation_reaches_all_encoders_and_others_are_refused(
     kind: type[GLSCLPreTrainedModel], tmp_path: Path
 ) -> None:
@@ -313,7 +328,7 @@ def test_activation_checkpointing_gives_the_same_gradients_for_less_memory(
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-11)
-    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[1] < 0.5 * sizes[0], sizes
 
 
 @every_class
@@ -540,6 +555,17 @@ def test_samples_that_do_not_count_change_nothing_and_none_left_is_zero(
     if kind is not GLSCLForPreTraining:
         with pytest.raises(ValueError, match=r"4 samples, but validity flags of shape \(3,\)"):
             model(**{**arguments, "valid": torch.ones(3, dtype=torch.bool)})
+
+
+def test_a_text_without_any_token_counts_its_first() -> None:
+    config = _config()
+    model, arguments = small_model_of(GLSCLModel, config).eval(), arguments_of(GLSCLModel, config)
+    nothing = torch.zeros_like(arguments["attention_mask"])
+    first = nothing.clone()
+    first[:, 0] = 1
+    outputs = [model(**{**arguments, "attention_mask": mask}).pooled for mask in (nothing, first)]
+    assert torch.equal(*outputs)
+    assert not torch.allclose(outputs[0], model(**arguments).pooled)
 
 
 def test_without_a_mask_every_token_but_padding_counts() -> None:
