@@ -98,6 +98,7 @@ class GLSCLForNLVR2(GLSCLPreTrainedModel):
                     pixel_values[:, place : place + 1],
                     output_attentions=attentions,
                     output_hidden_states=hidden_states,
+                    return_dict=True,
                     image_type=1 + place,
                 )
                 for place in range(2)

@@ -78,6 +78,7 @@ class GLSCLForVisualQuestionAnswering(GLSCLPreTrainedModel):
                 pixel_values,
                 output_attentions=attentions,
                 output_hidden_states=hidden_states,
+                return_dict=True,
             )
             pooled = seen.pooled
         else:

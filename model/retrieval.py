@@ -121,6 +121,7 @@ class GLSCLForImageTextRetrieval(GLSCLMatchingModel):
                 pixel_values.repeat_interleave(candidates, dim=0),
                 output_attentions=attentions,
                 output_hidden_states=hidden_states,
+                return_dict=True,
             )
             pooled = seen.pooled
         else:

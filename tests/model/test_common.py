@@ -118,6 +118,12 @@ def test_a_tuple_holds_what_the_named_output_holds(kind: type[GLSCLPreTrainedMod
     assert len(plain) == len(named)
     for one, other in zip(_tensors(named), _tensors(plain), strict=True):
         assert torch.equal(one, other)
+    model.config.return_dict = False
+    if kind is not GLSCLForPreTraining:
+        plain = model(**arguments, output_attentions=True)
+        named = model(**arguments, output_attentions=True, return_dict=True)
+    for one, other in zip(_tensors(named), _tensors(plain), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_class
