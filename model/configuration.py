@@ -8,6 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+#: Answers of the usual VQAv2 vocabulary.
+VQA_ANSWERS = 3129
+
 #: Names of the pre-training objectives, in the order in which they are reported.
 OBJECTIVES: tuple[str, ...] = ("itc", "itm", "mlm", "mgsc", "mltc")
 
@@ -43,6 +46,7 @@ class GLSCLConfig(PreTrainedConfig):
         reference_gather: compute contrastive gradients as the released code does, for comparison: features of
             other workers get no gradient from this worker's loss, and MLTC of vision finds its negatives in
             the whole local batch. Gradients then depend on the number of workers.
+        id2label, num_labels: the answers of the VQA head, or how many there are; without either VQAv2's 3129.
     """
 
     model_type = "glscl"
@@ -150,6 +154,28 @@ class GLSCLConfig(PreTrainedConfig):
         if "vocab_size" in overrides and "mask_token_id" not in overrides:
             values["mask_token_id"] = values["vocab_size"] - 1
         return cls(**values)
+
+    @property
+    def num_labels(self) -> int:
+        """Answers of the VQA head (NLVR2 always has two): those of ``id2label``, else ``VQA_ANSWERS``."""
+        return VQA_ANSWERS if self.id2label is None else len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        if not isinstance(value, int) or value < 1:
+            raise ModelConfigurationError(f"model.num_labels is {value!r}: it must be a whole number above 0")
+        if value != self.num_labels:
+            self.id2label = {number: f"LABEL_{number}" for number in range(value)}
+            self.label2id = {label: number for number, label in self.id2label.items()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds; answers are written whenever there are any, transformers' default two too."""
+        values = super().to_diff_dict()
+        for name in ("id2label", "label2id"):
+            values.pop(name, None)
+            if (labels := getattr(self, name)) is not None:
+                values[name] = dict(labels)
+        return values
 
     @property
     def num_patches(self) -> int:

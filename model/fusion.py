@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.attention import attend, take_rows
+from model.attention import Trace, attend, attend_with_weights, take_rows
 from model.configuration import GLSCLConfig
 
 
@@ -48,7 +49,7 @@ class SelfAttention(GradientCheckpointingLayer):
     def __init__(self, config: GLSCLConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_dropout
+        self.config, self.heads = config, config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -60,9 +61,16 @@ class SelfAttention(GradientCheckpointingLayer):
         key, value = self.key_value(states).chunk(2, dim=-1)
         if rows is not None:
             states = take_rows(states, rows)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended = attend(self.query(states), key, value, self.heads, mask, dropout)
+        dropout, kind = _how(self.config, self.training)
+        attended = attend(self.query(states), key, value, self.heads, mask, dropout, kind)
         return self.norm(states + self.dropout(self.output(attended)))
+
+    def with_weights(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All rows [B, N, D] and the attention weights [B, H, N, N]."""
+        key, value = self.key_value(states).chunk(2, dim=-1)
+        dropout, _ = _how(self.config, self.training)
+        attended, weights = attend_with_weights(self.query(states), key, value, self.heads, mask, dropout)
+        return self.norm(states + self.dropout(self.output(attended))), weights
 
 
 class CrossAttention(GradientCheckpointingLayer):
@@ -71,7 +79,7 @@ class CrossAttention(GradientCheckpointingLayer):
     def __init__(self, config: GLSCLConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_dropout
+        self.config, self.heads = config, config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -93,11 +101,28 @@ class CrossAttention(GradientCheckpointingLayer):
         if pick is not None:
             key_value = key_value.index_select(0, pick)
         key, value = key_value.chunk(2, dim=-1)
-        dropout = self.attention_dropout if self.training else 0.0
-        attended = attend(self.query(states), key, value, self.heads, mask, dropout)
+        dropout, kind = _how(self.config, self.training)
+        attended = attend(self.query(states), key, value, self.heads, mask, dropout, kind)
+        return self._after_attention(states, attended)
+
+    def with_weights(
+        self, states: Tensor, context: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``states`` [B, N, D] having read ``context`` [B, M, D], and the weights [B, H, N, M]."""
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        dropout, _ = _how(self.config, self.training)
+        attended, weights = attend_with_weights(self.query(states), key, value, self.heads, mask, dropout)
+        return self._after_attention(states, attended), weights
+
+    def _after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
         states = self.norm(states + self.dropout(self.output(attended)))
         hidden = self.feed_forward(F.gelu(self.intermediate(states)))
         return self.feed_forward_norm(states + self.dropout(hidden))
+
+
+def _how(config: GLSCLConfig, training: bool) -> tuple[float, str | None]:
+    """Dropout of the attention weights and the implementation, as they are set now."""
+    return config.attention_dropout if training else 0.0, config._attn_implementation
 
 
 class FusionStream(nn.Module):
@@ -158,6 +183,45 @@ class FusionEncoder(nn.Module):
                 part = slice(place * batch, (place + 1) * batch)
                 results[index] = self._last_layer(passes[index], text[part], vision[part], mask[part])
         return results
+
+    def trace(
+        self, text: Tensor, mask: Tensor, vision: Tensor, of_text: Trace, of_vision: Trace
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse ``text`` [B, T, D] with ``vision`` [B, V, D] in plain order, noting every layer of both streams.
+
+        Attention weights are taken without activation checkpointing, whatever is switched on.
+        """
+        mask = mask[:, None, None]
+        for layer in range(self.layers):
+            of_text.hidden_states.append(text)
+            of_vision.hidden_states.append(vision)
+            text, vision = (
+                self._traced_layer(self.text_stream, layer, text, vision, mask, None, of_text),
+                self._traced_layer(self.vision_stream, layer, vision, text, None, mask, of_vision),
+            )
+        of_text.hidden_states.append(text)
+        of_vision.hidden_states.append(vision)
+        return text, vision
+
+    @staticmethod
+    def _traced_layer(
+        stream: FusionStream,
+        layer: int,
+        states: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+        trace: Trace,
+    ) -> Tensor:
+        self_attention = cast(SelfAttention, stream.self_attention[layer])
+        cross_attention = cast(CrossAttention, stream.cross_attention[layer])
+        if not trace.want_attentions:
+            return cross_attention(self_attention(states, mask), context, context_mask)
+        states, weights = self_attention.with_weights(states, mask)
+        trace.attentions.append(weights)
+        states, weights = cross_attention.with_weights(states, context, context_mask)
+        trace.cross_attentions.append(weights)
+        return states
 
     def _first_layer(
         self,

@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 _FUSION = (
-    "glscl.fusion.",
-    "glscl.text_transform.",
-    "glscl.vision_transform.",
-    "glscl.text_pooler.",
-    "glscl.vision_pooler.",
+    "fusion.",
+    "text_transform.",
+    "vision_transform.",
+    "text_pooler.",
+    "vision_pooler.",
 )
-_HEADS = ("matching_head.", "language_head.")
+_HEADS = ("matching_head.", "language_head.", "rank_output.", "vqa_classifier.", "nlvr2_classifier.")
 
 
 def parameter_groups(
@@ -23,11 +23,11 @@ def parameter_groups(
     fusion_multiplier: float = 5.0,
     head_multiplier: float = 5.0,
 ) -> list[dict[str, Any]]:
-    """Split the parameters of a ``GLSCLForPreTraining`` by learning rate and weight decay.
+    """Split the parameters of a GLSCL model by learning rate and weight decay.
 
     Encoders, token types, ITC projections and temperature run at ``base_lr``; the fusion layers with their
-    poolers and the two projections into the fusion space at ``fusion_multiplier`` times that; the MLM and ITM
-    heads at ``head_multiplier`` times. Biases, every LayerNorm (CLIP's included) and the temperature are not
+    poolers and the two projections into the fusion space at ``fusion_multiplier`` times that; the MLM, ITM and
+    task heads at ``head_multiplier`` times. Biases, every LayerNorm (CLIP's included) and the temperature are not
     decayed.
 
     Returns:
@@ -43,7 +43,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = "fusion" if name.startswith(_FUSION) else "heads" if name.startswith(_HEADS) else "encoders"
+        in_backbone = name.removeprefix("glscl.").startswith(_FUSION)
+        kind = "fusion" if in_backbone else "heads" if name.startswith(_HEADS) else "encoders"
         decayed = not (name.endswith(".bias") or id(parameter) in norms or name == "temperature.value")
         members[kind, decayed].append(parameter)
     return [

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from model.configuration import OBJECTIVES, GLSCLConfig
 from model.contrast import ContrastiveFeatures, contrastive_terms
 from model.fusion import CrossAttention, FusionPass, SelfAttention
 from model.gather import sum_over_workers, world_size
-from model.glscl import GLSCLModel, GLSCLPreTrainedModel, TextFeatures, VisionFeatures, valid_tokens
-from model.heads import ContrastiveProjection, MaskedLanguageHead, MatchingHead, Temperature
+from model.glscl import valid_tokens
+from model.heads import MaskedLanguageHead
 from model.masking import PretrainingMasks, hard_partners
+from model.matching import GLSCLMatchingModel
 from model.objectives import (
     GlobalCounts,
     exchange_counts,
@@ -36,7 +37,6 @@ from model.objectives import (
     matching_loss,
     mean_over_all,
 )
-from model.parameters import parameter_groups
 from model.vision import VisionBlock
 
 
@@ -80,52 +80,13 @@ class PartialStep:
     right: dict[str, Tensor] | None = None
 
 
-class GLSCLForPreTraining(GLSCLPreTrainedModel):
+class GLSCLForPreTraining(GLSCLMatchingModel):
     """The five objectives ITC, ITM, MLM, MGSC and MLTC on one backbone."""
 
     def __init__(self, config: GLSCLConfig) -> None:
         super().__init__(config)
-        self.glscl = GLSCLModel(config)
-        self.text_projection = ContrastiveProjection(config)
-        self.vision_projection = ContrastiveProjection(config)
-        self.temperature = Temperature()
-        self.matching_head = MatchingHead(config)
         self.language_head = MaskedLanguageHead(config)
         self.post_init()
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
-        """Encode texts [B, T] for comparison (``embedding``) and for :meth:`match` (``states``)."""
-        states = self.glscl.text_transform(self.glscl.text_encoder(input_ids, valid_tokens(attention_mask)))
-        embedding = F.normalize(self.text_projection(states[:, :1]), dim=-1)
-        return TextFeatures(states + self.glscl.token_type(0, states.device), embedding)
-
-    def encode_vision(self, pixel_values: Tensor) -> VisionFeatures:
-        """Encode images or clips [B, F, 3, height, width] likewise."""
-        states = self.glscl.vision_transform(self.glscl.vision_encoder(pixel_values)[0])
-        embedding = F.normalize(self.vision_projection(states[:, : pixel_values.shape[1]]), dim=-1)
-        return VisionFeatures(states + self.glscl.token_type(1, states.device), embedding)
-
-    def match(
-        self, text_states: Tensor, attention_mask: Tensor, vision_states: Tensor, num_frames: int
-    ) -> Tensor:
-        """Logits [B, 2] (column 1: it matches) of pairs of ``states`` from the two encode methods."""
-        batch, device = len(text_states), text_states.device
-        first = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        classes = torch.arange(num_frames, device=device).expand(batch, -1)
-        mask = valid_tokens(attention_mask)
-        return self.matching_head(
-            self.glscl.pool(*self.glscl.fuse(text_states, mask, vision_states, first, classes))
-        )
-
-    def parameter_groups(
-        self,
-        base_lr: float,
-        weight_decay: float,
-        fusion_multiplier: float = 5.0,
-        head_multiplier: float = 5.0,
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups of the paper's recipe, see :func:`model.parameters.parameter_groups`."""
-        return parameter_groups(self, base_lr, weight_decay, fusion_multiplier, head_multiplier)
 
     def compile_blocks(self) -> None:
         """``torch.compile`` every block of the three encoders (not the whole: its control flow follows the batch).
@@ -138,6 +99,7 @@ class GLSCLForPreTraining(GLSCLPreTrainedModel):
             if isinstance(module, kinds):
                 module.compile()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,

@@ -1,8 +1,12 @@
-"""From strings and decoded pictures to the tensors the model takes."""
+"""From strings and decoded pictures to the tensors the model takes.
+
+Shape legend: B samples, N candidate texts of a sample, T text tokens, F frames, S side of the model's images.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
 from model.configuration import GLSCLConfig
 
@@ -21,15 +26,126 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be had, or does not fit the model."""
 
 
-class GLSCLProcessor:
-    """Tokenises captions and brings pictures to the model's size.
+class GLSCLImageProcessor(BaseImageProcessor):
+    """Brings pictures to the model's size: shorter side to S (bicubic), centre crop S x S, as CLIP does.
 
-    Make one with :meth:`from_config`. Normalisation by mean and standard deviation happens inside the model.
+    Pixels stay uint8. Neither scaling nor normalisation happens here: both are inside the model, which knows
+    its mean and standard deviation (``GLSCLConfig.image_mean``, ``image_std``).
+
+    Args:
+        size: S, or ``{"height": S, "width": S}``.
     """
 
-    def __init__(self, config: GLSCLConfig, tokenizer: Any) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
+    model_input_names = ("pixel_values",)
+
+    def __init__(self, size: int | dict[str, int] = 288, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        sides = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        if set(sides) != {"height", "width"} or sides["height"] != sides["width"] or sides["height"] < 1:
+            raise ValueError(f"size is {size!r}: it must be one number above 0, or that as height and width")
+        self.size = sides
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
+        """Pictures, or rows of as many pictures each, to ``pixel_values`` uint8 [B, F, 3, S, S].
+
+        Args:
+            images: PIL images or uint8 arrays [height, width, 3], one or a list: F is 1. A list of lists, or of
+                arrays [F, height, width, 3]: the frames of clips, or the pairs of NLVR2.
+            return_tensors: ``pt`` or ``np``.
+
+        Raises:
+            ValueError: no picture, or rows of different lengths.
+        """
+        if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            images = [images]
+        rows = [torch.cat([self.video(picture) for picture in _pictures(row)]) for row in images]
+        if len({len(row) for row in rows}) != 1:
+            counts = sorted({len(row) for row in rows})
+            raise ValueError(
+                f"rows of {counts} pictures: a batch needs as many frames in each, and one sample"
+            )
+        return BatchFeature({"pixel_values": torch.stack(rows)}, tensor_type=return_tensors)
+
+    def video(self, frames: np.ndarray) -> Tensor:
+        """Frames uint8 [F, height, width, 3] -> uint8 [F, 3, S, S]: shorter side to S, centre crop."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 [F, height, width, 3], not {frames.dtype} {frames.shape}")
+        fitted = np.stack([_fit(frame, self.size["height"]) for frame in frames])
+        return torch.from_numpy(fitted).permute(0, 3, 1, 2).contiguous()
+
+
+class GLSCLProcessor(ProcessorMixin):
+    """Tokenises captions and brings pictures to the model's size.
+
+    Make one with :meth:`from_config`, or :meth:`from_pretrained` of a folder that :meth:`save_pretrained`
+    wrote. Normalisation by mean and standard deviation happens inside the model.
+
+    Args:
+        image_processor: see :class:`GLSCLImageProcessor`.
+        tokenizer: a fast tokenizer; its ``model_max_length`` is where texts are cut.
+    """
+
+    def __init__(self, image_processor: GLSCLImageProcessor, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        videos: Any = None,
+        padding: str | bool = "longest",
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """What a model's forward takes.
+
+        Args:
+            images: see :meth:`GLSCLImageProcessor.preprocess`.
+            text: one or more texts, or for each sample as many candidates.
+            videos: one clip or several, each an array uint8 [F, height, width, 3] or a list of pictures; instead
+                of ``images``.
+            padding: ``longest`` of the batch, or ``max_length`` (the tokenizer's ``model_max_length``).
+            return_tensors: ``pt`` or ``np``.
+
+        Returns:
+            of ``input_ids`` and ``attention_mask`` ([B, T]; of candidates [B, N, T]) and ``pixel_values``
+            (uint8 [B, F, 3, S, S]) those that something was given for. Texts over the limit are cut.
+
+        Raises:
+            ValueError: nothing at all, images and videos together, or rows of different lengths.
+        """
+        if images is not None and videos is not None:
+            raise ValueError("images and videos together: pixel_values has room for one of them")
+        if images is None and videos is None and text is None:
+            raise ValueError("neither images nor videos nor text to process")
+        data: dict[str, Any] = {}
+        if text is not None:
+            data.update(self._texts(text, padding))
+        if images is not None:
+            data.update(self.image_processor.preprocess(images))
+        if videos is not None:
+            several = isinstance(videos, (list, tuple)) and not isinstance(videos[0], Image.Image)
+            several = several and not (isinstance(videos[0], np.ndarray) and videos[0].ndim == 3)
+            data.update(self.image_processor.preprocess(videos if several else [videos]))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _texts(self, text: Any, padding: str | bool) -> dict[str, Tensor]:
+        texts = [text] if isinstance(text, str) else list(text)
+        nested = bool(texts) and not isinstance(texts[0], str)
+        rows = [list(row) for row in texts] if nested else [texts]
+        if len({len(row) for row in rows}) != 1 or not rows[0]:
+            raise ValueError(
+                f"rows of {sorted({len(row) for row in rows})} texts: each sample needs as many candidates, and one"
+            )
+        encoded = self.tokenizer(
+            [caption for row in rows for caption in row],
+            padding=padding,
+            truncation=True,
+            return_tensors="pt",
+        )
+        names = ("input_ids", "attention_mask")
+        if not nested:
+            return {name: encoded[name] for name in names}
+        return {name: encoded[name].unflatten(0, (len(rows), -1)) for name in names}
 
     @classmethod
     def from_config(cls, config: GLSCLConfig, tokenizer: str = _SHIPPED) -> GLSCLProcessor:
@@ -59,18 +175,17 @@ class GLSCLProcessor:
                 raise TokenizerError(
                     f"tokenizer {tokenizer!r} has {name}_token_id {have}, but the model's is {want}"
                 )
-        return cls(config, loaded)
+        loaded.model_max_length = config.max_text_length
+        return cls(GLSCLImageProcessor(config.image_size), loaded)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """Tokenise captions, cut to ``config.max_text_length`` tokens and padded to the longest of them.
+        """Tokenise captions for pre-training, cut to ``max_text_length`` and padded to the longest of them.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``word_ids``, each [B, T] int64; ``word_ids`` numbers the
             words of a caption from 0 and is -1 on special tokens and padding.
         """
-        encoded = self.tokenizer(
-            list(texts), padding="longest", truncation=True, max_length=self.config.max_text_length
-        )
+        encoded = self.tokenizer(list(texts), padding="longest", truncation=True)
         words = [
             [-1 if word is None else word for word in encoded.word_ids(index)] for index in range(len(texts))
         ]
@@ -86,11 +201,15 @@ class GLSCLProcessor:
 
     def video(self, frames: np.ndarray) -> Tensor:
         """Frames uint8 [F, height, width, 3] -> uint8 [F, 3, S, S]: shorter side to S, centre crop."""
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(f"frames must be uint8 [F, height, width, 3], not {frames.dtype} {frames.shape}")
-        side = self.config.image_size
-        fitted = np.stack([_fit(frame, side) for frame in frames])
-        return torch.from_numpy(fitted).permute(0, 3, 1, 2).contiguous()
+        return self.image_processor.video(frames)
+
+
+def _pictures(row: Any) -> list[np.ndarray]:
+    """What makes up a row, each [1, height, width, 3]: their sizes may differ."""
+    if isinstance(row, np.ndarray):
+        return [row[None]] if row.ndim == 3 else [frame[None] for frame in row]
+    pictures = [row] if isinstance(row, Image.Image) else row
+    return [np.asarray(one.convert("RGB") if isinstance(one, Image.Image) else one)[None] for one in pictures]
 
 
 def _fit(picture: np.ndarray, side: int) -> np.ndarray:

@@ -5,12 +5,14 @@ Shape legend: B samples, F frames, P patches of a frame, K kept and M replaced p
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.attention import attend, take_rows
+from model.attention import Trace, attend, attend_with_weights, take_rows
 from model.configuration import GLSCLConfig
 
 _QUICK_GELU = 1.702
@@ -40,7 +42,7 @@ class VisionBlock(GradientCheckpointingLayer):
     def __init__(self, config: GLSCLConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.config, self.heads = config, config.num_attention_heads
         self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
@@ -54,13 +56,32 @@ class VisionBlock(GradientCheckpointingLayer):
         states = states + self.out_proj(self._attend(query, key, value))
         return states + self.proj(self.fc(self.ln_2(states)))
 
+    def with_weights(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same on tokens in any order, ``states`` [B, N, D], with the weights [B, H, N, N].
+
+        ``mask`` [N, N] is true where a token (row) may see another; None: everywhere (an image).
+        """
+        query, key, value = self.qkv(self.ln_1(states)).chunk(3, dim=-1)
+        attended, weights = attend_with_weights(query, key, value, self.heads, mask)
+        states = states + self.out_proj(attended)
+        return states + self.proj(self.fc(self.ln_2(states))), weights
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, frames, tokens, width = query.shape
+        kind = self.config._attn_implementation
         if frames == 1:
-            return attend(query[:, 0], key[:, 0], value[:, 0], self.heads)[:, None]
-        own = attend(query[:, :, 1:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.heads)
+            return attend(query[:, 0], key[:, 0], value[:, 0], self.heads, implementation=kind)[:, None]
+        own = attend(
+            query[:, :, 1:].flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            self.heads,
+            implementation=kind,
+        )
         patches = own.view(batch, frames, tokens - 1, width)
-        classes = attend(query[:, :, 0], key.flatten(1, 2), value.flatten(1, 2), self.heads)
+        classes = attend(
+            query[:, :, 0], key.flatten(1, 2), value.flatten(1, 2), self.heads, implementation=kind
+        )
         return torch.cat([classes[:, :, None], patches], dim=2)
 
 
@@ -89,6 +110,7 @@ class VisionEncoder(nn.Module):
         pixel_values: Tensor,
         kept_patches: Tensor | None = None,
         replaced_patches: Tensor | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Encode complete frames and, from the same patch embeddings, their two masked versions.
 
@@ -96,14 +118,18 @@ class VisionEncoder(nn.Module):
             pixel_values: [B, F, 3, height, width], uint8, or float in 0..1; sides are multiples of the patch.
             kept_patches: [B, K] positions that remain, the same in every frame (the others are removed).
             replaced_patches: [B, M] positions whose embedding becomes the learned mask token, in every frame.
+            trace: collects every block's states and, if it wants them, attention weights, tokens in the order of
+                the result; a patch's weights onto other frames are zero. Of complete frames only.
 
         Returns:
             (complete [B, F + F*P, D], removed [B, F + F*K, D] or None, replaced [B, F + F*P, D] or None):
             the F class tokens first, then the patches frame by frame.
 
         Raises:
-            ValueError: sides that are no multiple of the patch, or more than ``max_frames`` frames.
+            ValueError: not five dimensions, three of them the colours; sides that are no multiple of the patch; or
+                more than ``max_frames`` frames.
         """
+        assert trace is None or (kept_patches is None and replaced_patches is None)
         patches, grid = self._embed_patches(pixel_values)
         frames = patches.shape[1]
         class_position, patch_position = self._positions(grid, patches.dtype)
@@ -118,7 +144,7 @@ class VisionEncoder(nn.Module):
             replaced.scatter_(1, replaced_patches, True)
             masked = torch.where(replaced[:, None, :, None], self.mask_token.to(patches.dtype), patches)
             inputs.append(masked + patch_position)
-        complete = self._run(torch.cat(inputs) if len(inputs) > 1 else inputs[0], classes, temporal)
+        complete = self._run(torch.cat(inputs) if len(inputs) > 1 else inputs[0], classes, temporal, trace)
         removed = None
         if kept_patches is not None:
             rows = kept_patches.repeat_interleave(frames, dim=0)
@@ -131,6 +157,10 @@ class VisionEncoder(nn.Module):
 
     def _embed_patches(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         config, side = self.config, self.config.patch_size
+        if pixel_values.ndim != 5 or pixel_values.shape[2] != 3 or not pixel_values.shape[1]:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: they must be [samples, frames, 3, height, width]"
+            )
         batch, frames, channels, height, width = pixel_values.shape
         if height % side or width % side:
             raise ValueError(f"frames of {width} x {height} pixels: both sides must be multiples of {side}")
@@ -160,16 +190,58 @@ class VisionEncoder(nn.Module):
             patches = resized[0].flatten(1).T
         return self.position_embedding[0], patches.to(dtype)
 
-    def _run(self, patches: Tensor, classes: Tensor, temporal: Tensor | None) -> Tensor:
+    def _run(
+        self, patches: Tensor, classes: Tensor, temporal: Tensor | None, trace: Trace | None = None
+    ) -> Tensor:
         """``patches`` [B, F, P, D] with positions -> [B, F + F*P, D]."""
-        batch, frames, count, width = patches.shape
+        batch, frames, _, width = patches.shape
         states = torch.cat([classes.expand(batch, frames, 1, width), patches], dim=2)
         if temporal is not None:
             states = states + temporal
         states = self.ln_pre(states)
+        if trace is not None:
+            return self._run_traced(states, trace)
         for block in self.blocks:
             states = block(states)
-        states = self.ln_post(states)
-        if frames == 1:
-            return states[:, 0]
-        return torch.cat([states[:, :, 0], states[:, :, 1:].reshape(batch, frames * count, width)], dim=1)
+        return _classes_first(self.ln_post(states))
+
+    def _run_traced(self, states: Tensor, trace: Trace) -> Tensor:
+        """``states`` [B, F, 1 + P, D] before the first block -> [B, F + F*P, D].
+
+        The tokens are brought into the order of the result before a block's states are noted and taken on from
+        there, so that a gradient can be asked of what was noted.
+        """
+        frames, tokens = states.shape[1:3]
+        mask = _who_sees_whom(frames, tokens - 1, states.device) if frames > 1 else None
+        ordered = _classes_first(states)
+        for block in self.blocks:
+            trace.hidden_states.append(ordered)
+            if trace.want_attentions:
+                ordered, weights = cast(VisionBlock, block).with_weights(ordered, mask)
+                trace.attentions.append(weights)
+            else:
+                ordered = _classes_first(block(_by_frame(ordered, frames)))
+        trace.hidden_states.append(ordered)
+        return self.ln_post(ordered)
+
+
+def _classes_first(states: Tensor) -> Tensor:
+    """[B, F, 1 + P, D] -> [B, F + F*P, D]: all class tokens, then the patches frame by frame."""
+    if states.shape[1] == 1:
+        return states[:, 0]
+    return torch.cat([states[:, :, 0], states[:, :, 1:].flatten(1, 2)], dim=1)
+
+
+def _by_frame(states: Tensor, frames: int) -> Tensor:
+    """The inverse of :func:`_classes_first`."""
+    if frames == 1:
+        return states[:, None]
+    return torch.cat([states[:, :frames, None], states[:, frames:].unflatten(1, (frames, -1))], dim=2)
+
+
+def _who_sees_whom(frames: int, patches: int, device: torch.device) -> Tensor:
+    """[F + F*P, F + F*P] bool of tokens with the classes first: a class token all, a patch its own frame."""
+    frame = torch.arange(frames, device=device)
+    owner = torch.cat([frame, frame.repeat_interleave(patches)])
+    is_class = torch.arange(len(owner), device=device) < frames
+    return is_class[:, None] | (owner[:, None] == owner[None])

@@ -23,7 +23,7 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
     torch.manual_seed(derive_seed(seed, "initialisation"))
     model = GLSCLForPreTraining(model_config(block))
     if train.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if train.compile:
         model.compile_blocks()
     model.train()

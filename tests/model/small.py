@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from model import GLSCLConfig, GLSCLForPreTraining, PretrainingMasks, draw_masks
+from model import (
+    OBJECTIVES,
+    GLSCLConfig,
+    GLSCLForImageTextRetrieval,
+    GLSCLForNLVR2,
+    GLSCLForPreTraining,
+    GLSCLForVisualQuestionAnswering,
+    GLSCLModel,
+    PretrainingMasks,
+    draw_masks,
+)
+from model.glscl import GLSCLPreTrainedModel
+
+CLASSES: tuple[type[GLSCLPreTrainedModel], ...] = (
+    GLSCLModel,
+    GLSCLForPreTraining,
+    GLSCLForImageTextRetrieval,
+    GLSCLForVisualQuestionAnswering,
+    GLSCLForNLVR2,
+)
+_Model = TypeVar("_Model", bound=GLSCLPreTrainedModel)
 
 
 def small_config(**overrides: Any) -> GLSCLConfig:
@@ -36,9 +56,14 @@ def small_config(**overrides: Any) -> GLSCLConfig:
 
 def small_model(config: GLSCLConfig, dtype: torch.dtype = torch.float64) -> GLSCLForPreTraining:
     """A model with every parameter away from its first value, so that no mistake hides behind it."""
+    return small_model_of(GLSCLForPreTraining, config, dtype)
+
+
+def small_model_of(kind: type[_Model], config: GLSCLConfig, dtype: torch.dtype = torch.float64) -> _Model:
+    """The same of any class."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GLSCLForPreTraining(config).to(dtype)
+        model = kind(config).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -102,3 +127,26 @@ def small_batch(
     seeds = [1000 * seed + row for row in range(samples)]
     masks = draw_masks(config, ids, mask, words, valid, seeds, group_size or samples, config.num_patches)
     return Batch(ids, mask, words, pixels, valid, seeds, masks)
+
+
+def arguments_of(
+    kind: type[GLSCLPreTrainedModel], config: GLSCLConfig, samples: int = 4, frames: int = 1, seed: int = 0
+) -> dict[str, Any]:
+    """Arguments of a forward of any class, with labels where it takes them (frames: ignored by NLVR2)."""
+    batch = small_batch(config, samples, frames, seed=seed)
+    if kind is GLSCLForPreTraining:
+        return {**batch.inputs(), "objectives": dict.fromkeys(OBJECTIVES, 1.0), "group_size": samples}
+    found: dict[str, Any] = {
+        name: getattr(batch, name) for name in ("input_ids", "attention_mask", "pixel_values")
+    }
+    generator = torch.Generator().manual_seed(seed)
+    if kind is GLSCLForImageTextRetrieval:
+        others = [small_batch(config, samples, seed=seed + 1 + n) for n in range(2)]
+        for name in ("input_ids", "attention_mask"):
+            found[name] = torch.stack([getattr(one, name) for one in (batch, *others)], dim=1)
+    elif kind is GLSCLForVisualQuestionAnswering:
+        found["labels"] = torch.rand(samples, config.num_labels, generator=generator, dtype=torch.float64)
+    elif kind is GLSCLForNLVR2:
+        found["pixel_values"] = small_batch(config, samples, frames=2, seed=seed).pixel_values
+        found["labels"] = torch.randint(0, 2, (samples,), generator=generator)
+    return found
