@@ -12,6 +12,7 @@ sides of each were measured in this run, minutes apart at most. Dropout is off, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import statistics
 import time
@@ -243,6 +244,7 @@ def _reset_peak(device: torch.device) -> Callable[[], float]:
         torch.cuda.reset_peak_memory_stats(device)
         level = torch.cuda.memory_allocated(device)
         return lambda: (torch.cuda.max_memory_allocated(device) - level) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)  # what the step before has freed, back to the system (glibc)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM := VmRSS
     before = _resident("VmRSS")
     return lambda: (_resident("VmHWM") - before) / 2**20

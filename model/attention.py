@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Values of ``attn_implementation``: torch's fused kernel (the default), or matrix products and a softmax.
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -73,3 +73,53 @@ def take_rows(states: Tensor, rows: Tensor) -> Tensor:
     offset = torch.arange(batch, device=rows.device)[:, None] * tokens
     picked = states.reshape(batch * tokens, width).index_select(0, (rows + offset).flatten())
     return picked.view(batch, rows.shape[1], width)
+
+
+class KeyValue(nn.Linear):
+    """Projection of states [B, N, D] to keys and values [B, N, 2D], or straight to what queries read there.
+
+    A few queries need no keys and values of many tokens. Head by head, with keys ``K x`` and values ``V x``::
+
+        q . (K x + k)  =  (K^T q) . x  +  the same for every x, which a softmax does not see
+        sum p (V x + v)  =  V (sum p x)  +  v sum p
+
+    so that queries attend to the states themselves, in D dimensions a head: 2 Q D (D + H N) products instead of
+    2 N D (D + Q) of them. The result is the same up to rounding.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, 2 * width)
+        self.heads = heads
+
+    def forward(
+        self,
+        states: Tensor,
+        query: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Keys, then values [B, N, 2D]; or, with ``query`` [B, Q, D], as :func:`attend` onto them [B, Q, D]."""
+        if query is None:
+            return super().forward(states)
+        batch, queries, width = query.shape
+        heads, size = self.heads, width // self.heads
+        to_key, to_value = self.weight.view(2, heads, size, width).unbind()
+        by_head = query.view(batch * queries, heads, size).transpose(0, 1)
+        searched = torch.bmm(by_head, to_key).view(heads, batch, queries, width)
+        searched = searched.transpose(0, 1).reshape(batch, 1, heads * queries, width)
+        read = (
+            states if dropout == 0 else F.pad(states, (0, 1), value=1.0)
+        )  # a last column that sums the weights
+        found = F.scaled_dot_product_attention(
+            searched, states[:, None], read[:, None], attn_mask=mask, dropout_p=dropout, scale=size**-0.5
+        )
+        found = found.view(batch, heads, queries, -1).transpose(0, 1).reshape(heads, batch * queries, -1)
+        values = torch.bmm(found[..., :width], to_value.transpose(1, 2))
+        value_bias = self.bias[width:].view(heads, 1, size)
+        values = values + (value_bias if dropout == 0 else value_bias * found[..., width:])
+        return values.transpose(0, 1).reshape(batch, queries, width)
+
+    def is_for_few(self, queries: int, tokens: int) -> bool:
+        """Whether so many queries attend to so many states with clearly fewer products than to their keys."""
+        width = self.in_features
+        return queries * (width + self.heads * tokens) < 0.8 * tokens * (width + queries)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.attention import Trace, attend, attend_with_weights, take_rows
+from model.attention import KeyValue, Trace, attend, attend_with_weights, take_rows
 from model.configuration import GLSCLConfig
 
 
@@ -51,18 +51,17 @@ class SelfAttention(GradientCheckpointingLayer):
         width = config.hidden_size
         self.config, self.heads = config, config.num_attention_heads
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.key_value = KeyValue(width, self.heads)
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.norm = nn.LayerNorm(width, eps=config.fusion_layer_norm_eps)
 
     def forward(self, states: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """``states`` [B, N, D], ``mask`` [B, 1, 1, N], ``rows`` [B, R] or None (all) -> [B, R or N, D]."""
-        key, value = self.key_value(states).chunk(2, dim=-1)
+        context = states
         if rows is not None:
             states = take_rows(states, rows)
-        dropout, kind = _how(self.config, self.training)
-        attended = attend(self.query(states), key, value, self.heads, mask, dropout, kind)
+        attended = _read(self.config, self.key_value, self.query(states), context, mask, self.training)
         return self.norm(states + self.dropout(self.output(attended)))
 
     def with_weights(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,7 +80,7 @@ class CrossAttention(GradientCheckpointingLayer):
         width = config.hidden_size
         self.config, self.heads = config, config.num_attention_heads
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.key_value = KeyValue(width, self.heads)
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.fusion_layer_norm_eps)
         self.intermediate = nn.Linear(width, config.intermediate_size)
@@ -97,12 +96,8 @@ class CrossAttention(GradientCheckpointingLayer):
         With ``pick`` [N] row i of ``states`` reads row ``pick[i]`` of the context, projected only once.
         ``mask`` [N, 1, 1, V] is true for context tokens that may be read.
         """
-        key_value = self.key_value(context)
-        if pick is not None:
-            key_value = key_value.index_select(0, pick)
-        key, value = key_value.chunk(2, dim=-1)
-        dropout, kind = _how(self.config, self.training)
-        attended = attend(self.query(states), key, value, self.heads, mask, dropout, kind)
+        query = self.query(states)
+        attended = _read(self.config, self.key_value, query, context, mask, self.training, pick)
         return self._after_attention(states, attended)
 
     def with_weights(
@@ -118,6 +113,28 @@ class CrossAttention(GradientCheckpointingLayer):
         states = self.norm(states + self.dropout(self.output(attended)))
         hidden = self.feed_forward(F.gelu(self.intermediate(states)))
         return self.feed_forward_norm(states + self.dropout(hidden))
+
+
+def _read(
+    config: GLSCLConfig,
+    key_value: KeyValue,
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    pick: Tensor | None = None,
+) -> Tensor:
+    """What ``query`` [N, R, D] reads in ``context`` [N or M, V, D], in the way that takes the fewest products."""
+    dropout, kind = _how(config, training)
+    shared = pick is not None and len(context) < len(query)  # projected once, read several times
+    if kind != "eager" and not shared and key_value.is_for_few(query.shape[1], context.shape[1]):
+        picked = context if pick is None else context.index_select(0, pick)
+        return key_value(picked, query, mask, dropout)
+    projected = key_value(context)
+    if pick is not None:
+        projected = projected.index_select(0, pick)
+    key, value = projected.chunk(2, dim=-1)
+    return attend(query, key, value, config.num_attention_heads, mask, dropout, kind)
 
 
 def _how(config: GLSCLConfig, training: bool) -> tuple[float, str | None]:
