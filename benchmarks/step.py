@@ -16,7 +16,7 @@ import ctypes
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +79,9 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["tiny", "base"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 288], help="pixels")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="measured steps of each way, after one of warming up"
+        "--ways", nargs="+", default=list(WAYS), choices=WAYS, help="literal must be one of them"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -92,7 +93,7 @@ def main() -> None:
         for preset in arguments.presets:
             for size in arguments.sizes:
                 results, rates = measure(
-                    preset, size, arguments.batch, arguments.rounds, torch.device(device)
+                    preset, size, arguments.batch, arguments.rounds, torch.device(device), arguments.ways
                 )
                 print_table(
                     f"{preset}, {size} px, batch {arguments.batch}, {device}", arguments, results, rates
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def measure(
-    preset: str, size: int, batch: int, rounds: int, device: torch.device
+    preset: str, size: int, batch: int, rounds: int, device: torch.device, ways: Sequence[str] = WAYS
 ) -> tuple[dict[str, Measured], dict[torch.dtype, float]]:
     """Times of all ways, in turns, and the matmul rates (FLOP/s) around them."""
     config = GLSCLConfig.preset(preset, image_size=size, hidden_dropout=0.0, attention_dropout=0.0)
@@ -113,13 +114,15 @@ def measure(
         "fp32": lambda: _loss(model, trimmed, device, torch.float32),
         "bf16": lambda: _loss(model, trimmed, device, torch.bfloat16),
     }
-    results = {way: Measured() for way in WAYS}
+    results = {way: Measured() for way in ways}
     rates: dict[torch.dtype, float] = {}
-    for round_number in range(rounds + 1):
+    for way in ways:
+        _weigh(model, steps[way], results[way], device)
+    for _ in range(rounds):
         for dtype in (torch.float32, torch.bfloat16):
             rates[dtype] = max(rates.get(dtype, 0.0), matmul_rate(dtype, device))
-        for way, step in steps.items():
-            _one_step(model, step, results[way], device, warming_up=round_number == 0)
+        for way in ways:
+            _time(model, steps[way], results[way], device)
     return results, rates
 
 
@@ -173,27 +176,35 @@ def _loss(
     return output.loss, output.losses
 
 
-def _one_step(
+def _weigh(
     model: GLSCLForPreTraining,
     step: Callable[[], tuple[Tensor, dict[str, Tensor]]],
     measured: Measured,
     device: torch.device,
-    *,
-    warming_up: bool,
 ) -> None:
-    """One forward and backward; the first also counts FLOPs, the others also measure."""
+    """Memory and FLOPs of a step, not timed: fresh memory costs time that a second step no longer pays."""
     model.zero_grad()
-    if warming_up:
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with counter:
-            loss, _ = step()
-            loss.backward()
-        measured.flops = float(counter.get_total_flops())
-        return
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     peak = _reset_peak(device)
+    with counter:
+        loss, losses = step()
+        loss.backward()
+    measured.peak_gib = peak()
+    measured.flops = float(counter.get_total_flops())
+    measured.losses = {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _time(
+    model: GLSCLForPreTraining,
+    step: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    measured: Measured,
+    device: torch.device,
+) -> None:
+    """One timed step."""
+    model.zero_grad()
     with _part_clocks(model, device) as seconds:
         started = _now(device)
-        loss, losses = step()
+        loss, _ = step()
         forward = _now(device)
         loss.backward()
         ended = _now(device)
@@ -202,8 +213,6 @@ def _one_step(
     seconds["backward"] = ended - forward
     for name, value in seconds.items():
         measured.parts.setdefault(name, []).append(value)
-    measured.peak_gib = max(measured.peak_gib, peak())
-    measured.losses = {name: float(value.detach()) for name, value in losses.items()}
 
 
 @contextmanager
