@@ -1,10 +1,11 @@
-"""Every loss and its gradient against the literal transcription, in float64, from fixed masks."""
+"""Every loss and its gradient against the literal transcription in float64, from fixed masks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from benchmarks.literal import LiteralStep
 from model import OBJECTIVES
 from tests.model.literal import Literal
 from tests.model.small import small_batch, small_config, small_model
@@ -14,41 +15,70 @@ CASES = {
     "images_with_invalid_samples": {"frames": 1, "invalid": (1, 4, 5)},
     "images_in_two_groups": {"frames": 1, "invalid": (0,), "group_size": 3},
     "videos": {"frames": 3},
+    "videos_of_eight_frames": {"frames": 8, "samples": 3, "group_size": 3},
     "videos_with_local_completion": {"frames": 2, "invalid": (2,)},
 }
 
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
 
 @pytest.mark.parametrize(
-    ("case", "fusion_layers"),
-    [*((case, 3) for case in CASES), *((case, depth) for case in list(CASES)[1::3] for depth in (1, 2))],
+    ("case", "fusion_layers", "dtype"),
+    [
+        *((case, 3, torch.float64) for case in CASES),
+        *((case, 3, torch.float32) for case in CASES),
+        *((case, depth, torch.float64) for case in list(CASES)[1::3] for depth in (1, 2)),
+    ],
 )
-def test_each_objective_and_its_gradient_equal_the_literal_computation(case: str, fusion_layers: int) -> None:
-    config = small_config(fusion_layers=fusion_layers, mltc_on_video=case == "videos_with_local_completion")
-    model, batch = small_model(config), small_batch(config, **CASES[case])  # type: ignore[arg-type]
+def test_each_objective_and_its_gradient_equal_the_literal_computation(
+    case: str, fusion_layers: int, dtype: torch.dtype
+) -> None:
+    config = small_config(
+        fusion_layers=fusion_layers,
+        mltc_on_video=case == "videos_with_local_completion",
+        max_frames=max(4, CASES[case]["frames"]),  # type: ignore[call-overload]
+    )
+    model, batch = small_model(config, dtype), small_batch(config, **CASES[case])  # type: ignore[arg-type]
     group_size = CASES[case].get("group_size", 6)
     parameters = dict(model.named_parameters())
-    expected = Literal(config, parameters).losses(batch, group_size)  # type: ignore[arg-type]
+    exact = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
+    expected = Literal(config, exact).losses(batch, group_size)  # type: ignore[arg-type]
     output = model(**batch.inputs(), objectives=dict.fromkeys(OBJECTIVES, 1.0), group_size=group_size)
+    near = {"rtol": _TOLERANCE[dtype], "check_dtype": False}
     for name in OBJECTIVES:
         alone = model(**batch.inputs(), objectives={name: 1.0}, group_size=group_size)
-        torch.testing.assert_close(output.losses[name], expected[name].detach(), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(alone.loss.detach(), expected[name].detach(), rtol=1e-10, atol=1e-10)
+        for value in (output.losses[name], alone.loss.detach()):
+            torch.testing.assert_close(value, expected[name].detach(), atol=1e-12, **near)
         if not expected[name].requires_grad:
             assert not alone.loss.requires_grad or float(alone.loss) == 0
             continue
         wanted = torch.autograd.grad(
-            expected[name], list(parameters.values()), allow_unused=True, retain_graph=True
+            expected[name], list(exact.values()), allow_unused=True, retain_graph=True
         )
         got = torch.autograd.grad(alone.loss, list(parameters.values()), allow_unused=True)
+        largest = max(float(w.abs().max()) for w in wanted if w is not None)
+        assert largest > 0
         for parameter_name, g, w in zip(parameters, got, wanted, strict=True):
-            zero = torch.zeros_like(parameters[parameter_name])
+            zero = torch.zeros_like(exact[parameter_name])
+            # Sums that cancel keep the rounding of their parts: relative to the largest gradient.
             torch.testing.assert_close(
                 zero if g is None else g,
                 zero if w is None else w,
-                rtol=1e-8,
-                atol=1e-10,
+                atol=_TOLERANCE[dtype] * largest,
                 msg=lambda text, name=name, at=parameter_name: f"{name}, {at}: {text}",
+                **near,
             )
+
+
+def test_the_literal_step_of_the_benchmark_has_the_models_losses() -> None:
+    config = small_config()
+    model, batch = small_model(config, torch.float32), small_batch(config)
+    weights = dict.fromkeys(OBJECTIVES, 1.0)
+    losses = model(**batch.inputs(), objectives=weights, group_size=6).losses
+    literal = LiteralStep(model)(**batch.inputs(), objectives=weights, group_size=6)
+    assert losses.keys() == literal.keys()
+    for name, value in literal.items():
+        torch.testing.assert_close(losses[name], value.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_the_weighted_sum() -> None:
