@@ -115,6 +115,41 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A run (`.../runs/NAME`), or one of its checkpoints (`.../runs/NAME/checkpoints/step-00000480`): "
+            "a path, `file://` or `s3://`.",
+            metavar="CHECKPOINT",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR", show_default=False)],
+    best: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a run: the best checkpoint by `TASK/METRIC`. Default: the newest whole one.",
+            show_default=False,
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="The card's licence, e.g. `apache-2.0`. Default: none.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a folder that `from_pretrained` opens, with a model card.
+
+    Example: `glscl export s3://bucket/runs/demo demo-model --best images/t2i_R10`
+    """
+    from pipeline.export.folder import export as export_checkpoint
+
+    export_checkpoint(checkpoint, folder, console(), best=best, license_=license_)
+
+
+@app.command()
 def submit(
     job: JobFile,
     address: Address = DEFAULT_ADDRESS,
