@@ -150,6 +150,36 @@ def export(
 
 
 @app.command()
+def align(
+    image: Annotated[
+        str,
+        typer.Argument(help="An image, or a clip: a path or `s3://`.", metavar="IMAGE", show_default=False),
+    ],
+    caption: Annotated[str, typer.Argument(metavar="CAPTION", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder that `glscl export` wrote, or a checkpoint or run as `glscl export` takes it.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("alignment.png"),
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Side of what the model sees, pixels. Default: the model's.", show_default=False),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames taken from a clip.")] = 4,
+) -> None:
+    """Draw which regions of an image each word of a caption attends to.
+
+    Example: `glscl align photo.jpg "a dog on a sofa" --model demo-model --out dog.png`
+    """
+    from pipeline.alignment.command import align as draw
+
+    draw(image, caption, model, out, console(), resolution=resolution, frames=frames)
+
+
+@app.command()
 def submit(
     job: JobFile,
     address: Address = DEFAULT_ADDRESS,

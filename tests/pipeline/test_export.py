@@ -157,21 +157,26 @@ def test_the_hub_reads_the_cards_results(trained: TrainedRun, tmp_path: Path, gl
     assert "None is stated" in card.text
 
 
-def test_what_the_card_says_of_use_runs_as_it_stands(
-    trained: TrainedRun, tmp_path: Path, glscl: Glscl
+@pytest.mark.parametrize("text", ["card", "readme"])
+def test_what_is_said_of_use_runs_as_it_stands(
+    trained: TrainedRun, tmp_path: Path, glscl: Glscl, text: str
 ) -> None:
-    assert glscl("export", trained.run.url, tmp_path / "out")[0] == 0
-    Image.new("RGB", (60, 50), "red").save(tmp_path / "out/photo.jpg")
-    (snippet,) = re.findall(r"```python\n(.*?)```", _card(tmp_path / "out"), flags=re.DOTALL)
+    folder = tmp_path / "demo-model"
+    assert glscl("export", trained.run.url, folder)[0] == 0
+    page, here = (_card(folder), folder) if text == "card" else ((ROOT / "README.md").read_text(), tmp_path)
+    Image.new("RGB", (60, 50), "red").save(here / "photo.jpg")
+    snippet = next(
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "AutoProcessor" in block
+    )
     ran = subprocess.run(
         [sys.executable, "-c", snippet],
-        cwd=tmp_path / "out",
+        cwd=here,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    assert re.search(r"tensor\(\[\[0\.\d+, 0\.\d+\]\]", ran.stdout)
+    assert re.search(r"tensor\(\[\[ *-?0\.\d+, +-?0\.\d+\]\]", ran.stdout)
 
 
 def test_what_is_not_known_is_said_to_be(tmp_path: Path, glscl: Glscl) -> None:
