@@ -14,6 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from model.alignment import WordMaps, word_maps
 from model.cached import backward_in_parts
 from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
 from model.glscl import GLSCLModel, GLSCLModelOutput, TextFeatures, VisionFeatures
@@ -61,7 +62,9 @@ __all__ = [
     "VisionFeatures",
     "WeightImportError",
     "WeightKind",
+    "WordMaps",
     "backward_in_parts",
     "draw_masks",
     "import_weights",
+    "word_maps",
 ]

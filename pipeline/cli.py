@@ -115,6 +115,71 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A run (`.../runs/NAME`), or one of its checkpoints (`.../runs/NAME/checkpoints/step-00000480`): "
+            "a path, `file://` or `s3://`.",
+            metavar="CHECKPOINT",
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.", metavar="DIR", show_default=False)],
+    best: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a run: the best checkpoint by `TASK/METRIC`. Default: the newest whole one.",
+            show_default=False,
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", help="The card's licence, e.g. `apache-2.0`. Default: none.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a folder that `from_pretrained` opens, with a model card.
+
+    Example: `glscl export s3://bucket/runs/demo demo-model --best images/t2i_R10`
+    """
+    from pipeline.export.folder import export as export_checkpoint
+
+    export_checkpoint(checkpoint, folder, console(), best=best, license_=license_)
+
+
+@app.command()
+def align(
+    image: Annotated[
+        str,
+        typer.Argument(help="An image, or a clip: a path or `s3://`.", metavar="IMAGE", show_default=False),
+    ],
+    caption: Annotated[str, typer.Argument(metavar="CAPTION", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder that `glscl export` wrote, or a checkpoint or run as `glscl export` takes it.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("alignment.png"),
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Side of what the model sees, pixels. Default: the model's.", show_default=False),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames taken from a clip.")] = 4,
+) -> None:
+    """Draw which regions of an image each word of a caption attends to.
+
+    Example: `glscl align photo.jpg "a dog on a sofa" --model demo-model --out dog.png`
+    """
+    from pipeline.alignment.command import align as draw
+
+    draw(image, caption, model, out, console(), resolution=resolution, frames=frames)
+
+
+@app.command()
 def submit(
     job: JobFile,
     address: Address = DEFAULT_ADDRESS,

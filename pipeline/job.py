@@ -174,6 +174,7 @@ def _train(
     if finished and finished[-1] == total:
         console.print(f"training is complete ({total} steps)", highlight=False)
         return
+    run.note_code(environment_tags())
     scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
     board = Board()
     plan = TrainingPlan(

@@ -44,6 +44,16 @@ class RunFolder:
         self.record |= {"tracking_run": handle.run_id, "tracking_uri": handle.uri}
         self.storage.write_json(RECORD, self.record)
 
+    def note_code(self, environment: dict[str, str]) -> None:
+        """Keep which code trains from here on, unless it is that of the last start.
+
+        ``environment``: see :func:`pipeline.tracking.environment_tags`.
+        """
+        starts = self.record.setdefault("code", [])
+        if not starts or starts[-1] != environment:
+            starts.append(environment)
+            self.storage.write_json(RECORD, self.record)
+
 
 def run_path(job: JobConfig) -> str:
     """The run's folder relative to the job's storage."""

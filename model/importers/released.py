@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,16 +63,29 @@ class Head:
         name: first part of its released names.
         modules: modules of ours (weight and bias) by released module.
         tensors: single parameters of ours by released name.
-        fine_tuned: only checkpoints fine-tuned on its task have it; with any other it keeps its first weights.
+        fine_tuned: only checkpoints fine-tuned on its task have it; with any other it begins as ``begins`` says,
+            or keeps its first weights.
+        begins: by parameter of ours, how it is made of the rest of a checkpoint that lacks this head.
+        superseded_by: a head that judges in its place: a checkpoint and a model that have that one can do
+            without this one.
     """
 
     name: str
     modules: Mapping[str, str]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str] = field(default_factory=dict)
     fine_tuned: bool = False
+    begins: Mapping[str, Recipe] = field(default_factory=dict)
+    superseded_by: str | None = None
 
 
-#: Every head that a released checkpoint may have. One without modules is of no model here.
+def _matching_row(values: Tensor) -> Tensor | Adapted:
+    """Row 1, "matches", of the ITM head's weight [2, 2D] or bias [2]."""
+    if not values.ndim or len(values) != 2:
+        raise Misfit(f"{list(values.shape)} has not the two rows of an ITM head")
+    return Adapted(values[1:], "begins as row 1 of the ITM head")
+
+
+#: Every head that a released checkpoint may have.
 HEADS: tuple[Head, ...] = (
     Head(
         "mlm_score",
@@ -85,7 +98,7 @@ HEADS: tuple[Head, ...] = (
             "mlm_score.bias": "language_head.decoder.bias",
         },
     ),
-    Head("itm_score", {"itm_score.fc": "matching_head.classifier"}, {}),
+    Head("itm_score", {"itm_score.fc": "matching_head.classifier"}, superseded_by="rank_output"),
     Head("cl_temp", {}, {"cl_temp": "temperature.value"}),
     Head(
         "vision_proj",
@@ -94,7 +107,6 @@ HEADS: tuple[Head, ...] = (
             "vision_proj.1": "vision_projection.norm",
             "vision_proj.3": "vision_projection.out",
         },
-        {},
     ),
     Head(
         "language_proj",
@@ -103,11 +115,25 @@ HEADS: tuple[Head, ...] = (
             "language_proj.1": "text_projection.norm",
             "language_proj.3": "text_projection.out",
         },
-        {},
     ),
-    Head("vqa_classifier", {}, {}, fine_tuned=True),
-    Head("nlvr2_classifier", {}, {}, fine_tuned=True),
-    Head("rank_output", {}, {}, fine_tuned=True),
+    # These have their released names here too.
+    Head(
+        "vqa_classifier", {f"vqa_classifier.{n}": f"vqa_classifier.{n}" for n in (0, 1, 3)}, fine_tuned=True
+    ),
+    Head(
+        "nlvr2_classifier",
+        {f"nlvr2_classifier.{n}": f"nlvr2_classifier.{n}" for n in (0, 1, 3)},
+        fine_tuned=True,
+    ),
+    Head(
+        "rank_output",
+        {"rank_output": "rank_output"},
+        fine_tuned=True,
+        begins={
+            f"rank_output.{part}": Recipe((f"itm_score.fc.{part}",), _matching_row)
+            for part in ("weight", "bias")
+        },
+    ),
 )
 
 
@@ -167,18 +193,37 @@ def _fusion(frame: Frame, theirs: str, ours: str) -> Blueprint:
 
 def _head(frame: Frame, head: Head) -> Blueprint:
     plan = Blueprint()
-    held = [name for name in frame.names if name.split(".")[0] == head.name]
+    held = _names_of(frame, head.name)
     # The released temperature has no dimension, ours has one.
     recipes = {ours: Recipe((theirs,), torch.atleast_1d) for theirs, ours in head.tensors.items()}
     for theirs, ours in head.modules.items():
         recipes |= module_recipes(ours, theirs + ".{}")
-    if not recipes or not set(recipes) <= set(frame.parameters):
+    if not set(recipes) <= set(frame.parameters):
         plan.ignored = dict.fromkeys(held, f"a head that is not for this model ({head.name})")
-    elif head.fine_tuned and not held:
+    elif held:
+        plan.recipes = recipes
+    elif head.fine_tuned and head.begins and _can_make(frame, head.begins):
+        plan.recipes = dict(head.begins)
+    elif head.fine_tuned:
         plan.untouched = dict.fromkeys(recipes, f"only fine-tuned checkpoints have its weights ({head.name})")
+    elif head.superseded_by and _does_without(frame, head.superseded_by):
+        plan.untouched = dict.fromkeys(recipes, f"the file has {head.superseded_by} in place of {head.name}")
     else:
         plan.recipes = recipes
     return plan
+
+
+def _names_of(frame: Frame, head: str) -> list[str]:
+    return [name for name in frame.names if name.split(".")[0] == head]
+
+
+def _can_make(frame: Frame, recipes: Mapping[str, Recipe]) -> bool:
+    return all(name in frame.names for recipe in recipes.values() for name in recipe.sources)
+
+
+def _does_without(frame: Frame, head: str) -> bool:
+    """Whether both the file and the model have ``head``."""
+    return bool(_names_of(frame, head)) and any(name.split(".")[0] == head for name in frame.parameters)
 
 
 def _token_types(table: Tensor) -> Tensor | Adapted:

@@ -71,11 +71,11 @@ class ReleasedModel:
             need_weights=False,
         )[0]
 
-    def fused(self, ids: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def fused(self, ids: Tensor, frames: Tensor, image_type: int = 1) -> tuple[Tensor, Tensor]:
         """ids [n] without padding, frames [F, 3, H, W] -> states [n, D] and [F + F*P, D]."""
         types = self.s["token_type_embeddings.weight"]
         text, vision = self.unimodal(ids, frames)
-        text, vision = text + types[0], vision + types[1]
+        text, vision = text + types[0], vision + types[image_type]
         for number in range(self.c.fusion_layers):
             text, vision = (
                 self.layer(f"cross_modal_text_layers.{number}.", text, vision),
@@ -102,13 +102,35 @@ class ReleasedModel:
         hidden = self.linear(f"{root}output.dense", F.gelu(self.linear(f"{root}intermediate.dense", x)))
         return self.norm(f"{root}output.LayerNorm", x + hidden, 1e-12)
 
+    def pooled(self, ids: Tensor, frames: Tensor, image_type: int = 1) -> Tensor:
+        """``cls_feats`` [2D]."""
+        text, vision = self.fused(ids, frames, image_type)
+        return torch.cat(
+            [
+                torch.tanh(self.linear("cross_modal_text_pooler.dense", text[0])),
+                torch.tanh(self.linear("cross_modal_image_pooler.dense", vision[: len(frames)].mean(0))),
+            ]
+        )
+
     def matching(self, ids: Tensor, frames: Tensor) -> Tensor:
-        text, vision = self.fused(ids, frames)
-        pooled = [
-            torch.tanh(self.linear("cross_modal_text_pooler.dense", text[0])),
-            torch.tanh(self.linear("cross_modal_image_pooler.dense", vision[: len(frames)].mean(0))),
-        ]
-        return self.linear("itm_score.fc", torch.cat(pooled))
+        return self.linear("itm_score.fc", self.pooled(ids, frames))
+
+    def rank(self, ids: Tensor, frames: Tensor) -> Tensor:
+        """[1], the logit of the fine-tuned retrieval head."""
+        return self.linear("rank_output", self.pooled(ids, frames))
+
+    def answers(self, ids: Tensor, frames: Tensor) -> Tensor:
+        """[answers] logits of VQA."""
+        return self.classifier("vqa_classifier", self.pooled(ids, frames))
+
+    def judgement(self, ids: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """[2] logits of NLVR2 for images [3, H, W]; the right one has token type 2."""
+        pair = [self.pooled(ids, left[None]), self.pooled(ids, right[None], image_type=2)]
+        return self.classifier("nlvr2_classifier", torch.cat(pair))
+
+    def classifier(self, name: str, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.norm(f"{name}.1", self.linear(f"{name}.0", x), 1e-5))
+        return self.linear(f"{name}.3", hidden)
 
     def words(self, ids: Tensor, frames: Tensor) -> Tensor:
         hidden = F.gelu(self.linear("mlm_score.transform.dense", self.fused(ids, frames)[0]))

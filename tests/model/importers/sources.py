@@ -153,6 +153,21 @@ def released(config: GLSCLConfig, video: bool, token_types: int = 2) -> Shapes:
     }
 
 
+def fine_tuned(config: GLSCLConfig, task: str) -> Shapes:
+    """A released checkpoint fine-tuned on ``vqa``, ``nlvr2`` or ``retrieval``: no MLM and no ITM head."""
+    width = config.hidden_size
+    shapes = released(config, video=False, token_types=3 if task == "nlvr2" else 2)
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(("mlm_", "itm_"))}
+    if task == "retrieval":
+        return shapes | _modules(["rank_output"], 1, 2 * width)
+    head, inputs, classes = {
+        "vqa": ("vqa_classifier", 2 * width, config.num_labels),
+        "nlvr2": ("nlvr2_classifier", 4 * width, 2),
+    }[task]
+    shapes |= _modules([f"{head}.0"], 2 * width, inputs) | _modules([f"{head}.1"], 2 * width)
+    return shapes | _modules([f"{head}.3"], classes, 2 * width)
+
+
 class Tree(nn.Module):
     """A module with given parameters in nested modules, so that it can be saved as TorchScript."""
 

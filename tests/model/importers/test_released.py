@@ -6,13 +6,21 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
-from model import GLSCLConfig, GLSCLForPreTraining, GLSCLModel, WeightImportError, import_weights
-from model.importers import released
+from model import (
+    GLSCLConfig,
+    GLSCLForImageTextRetrieval,
+    GLSCLForNLVR2,
+    GLSCLForPreTraining,
+    GLSCLForVisualQuestionAnswering,
+    GLSCLModel,
+    WeightImportError,
+    import_weights,
+)
+from model.glscl import GLSCLPreTrainedModel
 from tests.model.importers import sources
 from tests.model.importers.reference import ReleasedModel
-from tests.model.small import small_batch, small_config, small_model
+from tests.model.small import Batch, small_batch, small_config, small_model, small_model_of
 
 _ENCODER = "glscl.vision_encoder."
 
@@ -139,29 +147,95 @@ def test_a_checkpoint_without_a_head_that_the_model_has_is_named() -> None:
     assert caught.value.missing == ("itm_score.fc.bias", "itm_score.fc.weight")
 
 
-class _WithAnswers(GLSCLForPreTraining):
-    def __init__(self, config: GLSCLConfig) -> None:
-        super().__init__(config)
-        self.answers = nn.Linear(32, 5)
-        self.post_init()
+def _fine_tuned(config: GLSCLConfig, task: str) -> dict[str, torch.Tensor]:
+    return sources.noise(sources.fine_tuned(config, task), seed=5) | {"cl_temp": torch.tensor(0.05)}
 
 
-@pytest.mark.parametrize("fine_tuned", [True, False])
-def test_a_row_of_the_table_gives_a_fine_tuned_head_its_place(
-    monkeypatch: pytest.MonkeyPatch, fine_tuned: bool
-) -> None:
-    rows = [head for head in released.HEADS if head.name != "vqa_classifier"]
-    row = released.Head("vqa_classifier", {"vqa_classifier.3": "answers"}, {}, fine_tuned=True)
-    monkeypatch.setattr(released, "HEADS", (*rows, row))
-    config = small_config()
-    state = _state(config, False)
-    if fine_tuned:
-        state |= sources.noise({"vqa_classifier.3.weight": (5, 32), "vqa_classifier.3.bias": (5,)})
-    model = _WithAnswers(config)
+def test_a_model_fine_tuned_on_vqa_answers_as_the_released_one() -> None:
+    config = small_config(num_labels=7)
+    state = _fine_tuned(config, "vqa")
+    model = small_model_of(GLSCLForVisualQuestionAnswering, config).eval()
     report = import_weights(model, state)
-    assert {"answers.weight", "answers.bias"} <= set(report.loaded if fine_tuned else report.untouched)
-    if fine_tuned:
-        assert torch.equal(model.answers.weight, state["vqa_classifier.3.weight"].float())
+    assert set(report.untouched) == {f"{_ENCODER}temporal_embedding"}
+    theirs, batch = ReleasedModel(config, state, video=False), small_batch(config, samples=3)
+    logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
+    for row, (ids, image) in enumerate(_pairs(batch)):
+        torch.testing.assert_close(logits[row], theirs.answers(ids, image), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_fine_tuned_on_nlvr2_judges_as_the_released_one() -> None:
+    config = small_config()
+    state = _fine_tuned(config, "nlvr2")
+    model = small_model_of(GLSCLForNLVR2, config).eval()
+    report = import_weights(model, state)
+    assert set(report.untouched) == {f"{_ENCODER}temporal_embedding"}
+    theirs, batch = ReleasedModel(config, state, video=False), small_batch(config, samples=3, frames=2)
+    logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
+    for row, (ids, pair) in enumerate(_pairs(batch)):
+        torch.testing.assert_close(logits[row], theirs.judgement(ids, *pair), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_fine_tuned_on_retrieval_ranks_as_the_released_one() -> None:
+    config = small_config()
+    state = _fine_tuned(config, "retrieval")
+    model = small_model_of(GLSCLForImageTextRetrieval, config).eval()
+    report = import_weights(model, state)
+    itm = {"matching_head.classifier.weight", "matching_head.classifier.bias"}
+    assert set(report.untouched) == {f"{_ENCODER}temporal_embedding"} | itm
+    theirs, batch = ReleasedModel(config, state, video=False), small_batch(config, samples=3)
+    output = model(
+        batch.input_ids[:, None], batch.attention_mask[:, None], batch.pixel_values, return_loss=False
+    )
+    for row, (ids, image) in enumerate(_pairs(batch)):
+        text, vision = theirs.embeddings(ids, image)
+        for got, want in (
+            (output.rank_logits[row], theirs.rank(ids, image)),
+            (output.text_embeds[row, 0], text),
+            (output.vision_embeds[row], vision),
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def _pairs(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Texts without padding, each with its pixels."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    rows = zip(batch.input_ids, lengths, batch.pixel_values, strict=True)
+    return [(ids[:length], pixels) for ids, length, pixels in rows]
+
+
+@pytest.mark.parametrize("kind", [GLSCLForVisualQuestionAnswering, GLSCLForNLVR2])
+def test_a_pre_trained_checkpoint_leaves_a_classifier_as_it_was(kind: type[GLSCLPreTrainedModel]) -> None:
+    config = small_config(num_labels=7)
+    model = small_model_of(kind, config)
+    heads = {name: p.clone() for name, p in model.named_parameters() if "classifier" in name}
+    report = import_weights(model, _state(config, False))
+    assert set(report.untouched) == {f"{_ENCODER}temporal_embedding", *heads}
+    assert len(heads) == 6
+    for name, before in heads.items():
+        assert torch.equal(model.get_parameter(name), before)
+        assert "only fine-tuned checkpoints have its weights" in report.untouched[name]
+
+
+def test_the_rank_head_begins_as_the_row_of_the_itm_head_that_says_matches() -> None:
+    config = small_config()
+    model, state = small_model_of(GLSCLForImageTextRetrieval, config), _state(config, False)
+    report = import_weights(model, state)
+    assert torch.equal(model.rank_output.weight, state["itm_score.fc.weight"][1:])
+    assert torch.equal(model.rank_output.bias, state["itm_score.fc.bias"][1:])
+    assert report.adapted["rank_output.weight"] == "begins as row 1 of the ITM head"
+    del state["itm_score.fc.weight"], state["itm_score.fc.bias"]
+    with pytest.raises(WeightImportError) as caught:
+        import_weights(model, state)
+    assert caught.value.missing == ("itm_score.fc.bias", "itm_score.fc.weight")
+
+
+def test_other_answers_than_the_files_are_refused() -> None:
+    state = _fine_tuned(small_config(num_labels=7), "vqa")
+    model = small_model_of(GLSCLForVisualQuestionAnswering, small_config(num_labels=5))
+    with pytest.raises(
+        WeightImportError, match=r"vqa_classifier.3.bias gives \[7\], but vqa_classifier.3.bias is \[5\]"
+    ):
+        import_weights(model, state)
 
 
 @pytest.mark.parametrize(

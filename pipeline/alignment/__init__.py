@@ -1,0 +1,1 @@
+"""Pictures of what the words of a caption attend to."""
