@@ -33,7 +33,10 @@ def test_the_paper_weights_are_the_default(tree: dict[str, Any]) -> None:
         ("train.micro_batch=6", "a worker 8 samples in groups of 4: choose from [4, 8]"),
         ("train.stages.0.mixture={emoij: 1}", "there is no dataset 'emoij'; did you mean 'emoji'?"),
         ("train.workers=0", "train.workers: got 0; must be greater than or equal to 1"),
-        ("train.precision=bf32", "train.precision: got 'bf32'; must be 'fp32', 'bf16-autocast', 'bf16' or 'fp16'"),
+        (
+            "train.precision=bf32",
+            "train.precision: got 'bf32'; must be 'fp32', 'bf16-autocast', 'bf16' or 'fp16'",
+        ),
         ("train.deepspeed.optimizer={}", "train.deepspeed.optimizer is decided by train.learning_rate"),
         ("train.deepspeed.zero_optimization.stage=4", "stage: got 4; must be 0, 1, 2 or 3"),
         ("train.stages.0.resolution=30", "resolution: 30 is not a multiple of the model's patch_size 8"),
