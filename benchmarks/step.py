@@ -87,13 +87,22 @@ def main() -> None:
     parser.add_argument(
         "--devices", nargs="+", default=["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="also where the time of each way goes, by operator"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for device in arguments.devices:
         for preset in arguments.presets:
             for size in arguments.sizes:
                 results, rates = measure(
-                    preset, size, arguments.batch, arguments.rounds, torch.device(device), arguments.ways
+                    preset,
+                    size,
+                    arguments.batch,
+                    arguments.rounds,
+                    torch.device(device),
+                    arguments.ways,
+                    profiled=arguments.profile,
                 )
                 print_table(
                     f"{preset}, {size} px, batch {arguments.batch}, {device}", arguments, results, rates
@@ -101,7 +110,14 @@ def main() -> None:
 
 
 def measure(
-    preset: str, size: int, batch: int, rounds: int, device: torch.device, ways: Sequence[str] = WAYS
+    preset: str,
+    size: int,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    ways: Sequence[str] = WAYS,
+    *,
+    profiled: bool = False,
 ) -> tuple[dict[str, Measured], dict[torch.dtype, float]]:
     """Times of all ways, in turns, and the matmul rates (FLOP/s) around them."""
     config = GLSCLConfig.preset(preset, image_size=size, hidden_dropout=0.0, attention_dropout=0.0)
@@ -123,6 +139,9 @@ def measure(
             rates[dtype] = max(rates.get(dtype, 0.0), matmul_rate(dtype, device))
         for way in ways:
             _time(model, steps[way], results[way], device)
+    if profiled:
+        for way in ways:
+            _profile(model, steps[way], way)
     return results, rates
 
 
@@ -213,6 +232,21 @@ def _time(
     seconds["backward"] = ended - forward
     for name, value in seconds.items():
         measured.parts.setdefault(name, []).append(value)
+
+
+def _profile(
+    model: GLSCLForPreTraining, step: Callable[[], tuple[Tensor, dict[str, Tensor]]], way: str
+) -> None:
+    """Print the operators that take at least a hundredth of a step."""
+    model.zero_grad()
+    with torch.profiler.profile() as profiler:
+        step()[0].backward()
+    operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in operators)
+    print(f"{way}: share of the time on the CPU, calls, operator")
+    for row in operators:
+        if (share := row.self_cpu_time_total / total) >= 0.01:
+            print(f"{share:7.1%} {row.count:6d}  {row.key}")
 
 
 @contextmanager
