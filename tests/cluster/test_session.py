@@ -81,7 +81,13 @@ def _start(code: str, *arguments: str, environment: dict[str, str] | None = None
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_hear_sigint,
     )
+
+
+def _hear_sigint() -> None:
+    # What a shell starts in the background ignores SIGINT, and passes that on to all below it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
