@@ -14,9 +14,10 @@ Dropping samples later never rewrites a tar: ``dropped_keys`` is an overlay over
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -103,17 +104,34 @@ class Manifest(BaseModel):
     counts: Counts
     dropped_keys: list[str] = Field(default_factory=list)
 
-    @property
-    def digest(self) -> str:
-        """sha256 (64 hex digits) that names the dataset: of what it holds, hence of every byte of its shards.
+    @functools.cached_property
+    def shards_digest(self) -> str:
+        """sha256 (64 hex digits) of what the shards hold, hence of every byte of them, without the overlay.
 
-        Not of how it was made or where from: the same corpus in another place, prepared the same way, is the
-        same dataset, and a training on it takes the same order.
+        Not of how they were made or where from: the same corpus in another place, prepared the same way, has
+        the same. The order of a training's samples follows it, so that a retraction leaves all others in their
+        places, and a run goes on.
         """
-        held = {"format", "version", "modality", "shards", "dropped_keys"}
-        return canonical_digest(self.model_dump(mode="json", include=held))
+        return canonical_digest(
+            self.model_dump(mode="json", include={"format", "version", "modality", "shards"})
+        )
 
-    @property
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 (64 hex digits) that names the dataset: its shards, and what was retracted from them."""
+        return canonical_digest({"shards": self.shards_digest, "dropped_keys": self.dropped_keys})
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        for kept in (
+            "shards_digest",
+            "digest",
+            "samples",
+        ):  # model_copy(update=...) comes this way: other data, other digest
+            copied.__dict__.pop(kept, None)
+        return copied
+
+    @functools.cached_property
     def samples(self) -> int:
         """Samples in the shards (those of the ``dropped_keys`` overlay included: they keep their slots)."""
         return sum(shard.samples for shard in self.shards)
@@ -127,20 +145,18 @@ def load_manifest(dataset: Storage) -> Manifest:
     """
     url = dataset.url_of(MANIFEST_PATH)
     try:
-        value = dataset.read_json(MANIFEST_PATH)
+        data = dataset.read_bytes(MANIFEST_PATH)
     except FileNotFoundError:
         raise UserError(
             f"no dataset at {dataset.url}: it has no {MANIFEST_PATH} (was `glscl prepare` finished?)"
         ) from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{error}: prepare the dataset again") from None
-    if isinstance(value, dict) and value.get("format") == "glscl-dataset" and value.get("version") != 1:
-        raise UserError(f"{url} has version {value.get('version')!r}; this program reads version 1")
     try:
-        return Manifest.model_validate(value)
+        return Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise UserError(f"{url} is not a dataset manifest: {field}: {first['msg']}") from None
+        first = next((one for one in error.errors() if one["loc"] == ("version",)), error.errors()[0])
+    if first["type"] == "json_invalid":
+        raise UserError(f"{url} is not valid JSON ({first['msg']}): prepare the dataset again")
+    if first["type"] == "literal_error" and first["loc"] == ("version",):
+        raise UserError(f"{url} has version {first['input']!r}; this program reads version 1")
+    field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+    raise UserError(f"{url} is not a dataset manifest: {field}: {first['msg']}")

@@ -1,26 +1,29 @@
 """The order of samples: which sample stands in which slot of which batch.
 
 The invariant: **the slots of a batch are a pure function of (manifest digest, seed, epoch, step) and of the
-    shape
-(lanes, window, global batch)**. They do not depend on the number of workers or loader processes, nor on what
-ran before. In one epoch each sample stands in exactly one slot, all workers take the same number of steps,
-and any step can be asked for at once, so that a resume reads nothing again.
+shape (lanes, window, global batch)**. They do not depend on the number of workers or loader processes, nor on
+what ran before. In one epoch each sample stands in exactly one slot, all workers take the same number of
+steps, and any step can be asked for at once, so that a resume reads nothing again.
 
-How, for L = 2 lanes, windows of 3 and a global batch of 4::
+How, for L = 2 lanes, windows of 3 and a global batch of 4, over shards 0 (samples a to e), 1 (f to h) and 2
+(i to l)::
 
-    shards, permuted           | shard 2     | shard 0         | shard 1 |      12 samples, as one ring
-    ring cut at a random place         ^ here begins lane 0
-    lane 0                     | b c d | e f g |                                equal lanes (they differ by
-    one lane 1                     | h i j | k l a |                                sample at most) shuffled
-    inside windows    | d b c | f g e |   | j h i | a l k | batch 0                      d b                 j
-    h                        G / L = 2 from each lane batch 1                      c f                 i a
-    batch 2                      g e                 l k 2 workers                  worker 0: lane 0    worker
-    1: lane 1             contiguous slices of the lanes
+    shards, permuted    | f g h | i j k l | a b c d e |     12 samples, taken as a ring
+                             ^ the ring is cut here         at a random place: lane 0 begins
+    lane 0              | h i j | k l a |                   equal lanes (they differ by one sample at most),
+    lane 1              | b c d | e f g |                   each cut into windows
+    lane 0, shuffled    | i j h | a l k |                   inside its windows
+    lane 1, shuffled    | d b c | g f e |
+    batch 0             i j   d b                           G / L = 2 from each lane
+    batch 1             h a   c g
+    batch 2             l k   f e
+    of 2 workers        0     1                             contiguous slices of the lanes
 
 Reading stays local: a lane goes through its shards one after the other, and a window bounds how far apart
 neighbours in the order lie. The cut of the ring moves the borders of lanes and windows from epoch to epoch,
 which matters when there are few shards. Where the lanes do not divide evenly, the last batches hold empty
-slots.
+slots. A sample that was retracted keeps its slot, which its reader then finds empty: the order of all others
+stays, and nothing here has to know of it.
 
 The plan of an epoch is O(shards), a batch is O(batch); nothing is O(samples). The draws use the raw output of
 a counter-based generator (Philox), which is the same in every version of NumPy, unlike its shuffles.
@@ -51,9 +54,8 @@ class EpochOrder:
     window: int
     start: int  # where in the sequence of shards the ring is cut
     shards: np.ndarray = field(repr=False)  # int64 [S]: shards as permuted
-    offsets: np.ndarray = field(
-        repr=False
-    )  # int64 [S + 1]: where in the sequence each begins; the last is its end
+    # int64 [S + 1]: where in the sequence each shard begins, and the end of the last
+    offsets: np.ndarray = field(repr=False)
     window_seed: int = field(repr=False)
 
 
@@ -99,26 +101,31 @@ def epoch_order(
     )
 
 
-def steps_per_epoch(samples: int, lanes: int, global_batch: int) -> int:
+def steps_per_epoch(samples: int, lanes: int, global_batch: int, taken: int = 0) -> int:
     """Number of batches in which every sample has its slot, the last ones perhaps with empty slots.
+
+    Args:
+        samples, lanes, global_batch: of the dataset, of the order, over all workers.
+        taken: samples that each lane has given before, where batches of another size began the epoch.
 
     Raises:
         ValueError: unless ``global_batch`` is a multiple of ``lanes``.
     """
     longest_lane = -(-samples // lanes)
-    return -(-longest_lane // _per_lane(lanes, global_batch))
+    return -(-max(0, longest_lane - taken) // _per_lane(lanes, global_batch))
 
 
 def batch_slots(
-    order: EpochOrder, step: int, global_batch: int, worker: int = 0, workers: int = 1
+    order: EpochOrder, step: int, global_batch: int, worker: int = 0, workers: int = 1, *, taken: int = 0
 ) -> np.ndarray:
     """The slots of one worker in one batch.
 
     Args:
         order: the plan of the epoch.
-        step: which batch of the epoch, from 0.
+        step: which batch of the epoch, from 0; counted from where ``taken`` ends.
         global_batch: slots of the batch over all workers (G).
         worker, workers: whose slots; the concatenation over all workers is the batch of one worker.
+        taken: samples that each lane has given before, where batches of another size began the epoch.
 
     Returns:
         int64 [G / workers, 2]: (shard, row) for each slot, (-1, -1) for an empty one. Lane-major: the
@@ -133,16 +140,17 @@ def batch_slots(
         raise ValueError(f"the number of lanes ({order.lanes}) must be a multiple of the workers ({workers})")
     if not 0 <= worker < workers:
         raise ValueError(f"worker must be between 0 and {workers - 1}, got {worker}")
-    steps = steps_per_epoch(order.samples, order.lanes, global_batch)
+    if taken < 0:
+        raise ValueError(f"taken must not be negative, got {taken}")
+    steps = steps_per_epoch(order.samples, order.lanes, global_batch, taken)
     if not 0 <= step < steps:
         raise ValueError(f"step must be between 0 and {steps - 1} in this epoch, got {step}")
     lanes = order.lanes // workers
     slots = np.full((lanes, per_lane, 2), EMPTY, dtype=np.int64)
     for i in range(lanes):
-        places = _lane_places(order, worker * lanes + i, step * per_lane, per_lane)
-        at = (
-            np.searchsorted(order.offsets, places, side="right") - 1
-        )  # the last of equals: passes empty shards by
+        places = _lane_places(order, worker * lanes + i, taken + step * per_lane, per_lane)
+        # The last of equals: passes empty shards by.
+        at = np.searchsorted(order.offsets, places, side="right") - 1
         slots[i, : len(places), 0] = order.shards[at]
         slots[i, : len(places), 1] = places - order.offsets[at]
     return slots.reshape(lanes * per_lane, 2)
@@ -155,9 +163,7 @@ def _per_lane(lanes: int, global_batch: int) -> int:
 
 
 def _lane_places(order: EpochOrder, lane: int, begin: int, count: int) -> np.ndarray:
-    """Places in the sequence of shards of up to ``count`` samples of a lane from its ``begin``-th on, as
-    shuffled.
-    """
+    """Where in the sequence of shards up to ``count`` samples of a lane stand, from its ``begin``-th, shuffled."""
     first = lane * order.samples // order.lanes
     length = (lane + 1) * order.samples // order.lanes - first
     parts = [np.zeros(0, np.int64)]
@@ -173,9 +179,9 @@ def _lane_places(order: EpochOrder, lane: int, begin: int, count: int) -> np.nda
     return (np.concatenate(parts) + first + order.start) % order.samples
 
 
-@functools.lru_cache(
-    maxsize=512
-)  # a window lasts for many batches; 64 MiB at most, 4 MiB for windows of 4,096
+# A window lasts for many batches, and each lane of a worker is in a window of its own: room for 2,048 lanes, in
+# 64 MiB for windows of 16,384 (256 MiB for the largest).
+@functools.lru_cache(maxsize=2048)
 def _permutation(seed: int, size: int) -> np.ndarray:
     keys = np.random.Philox(key=seed).random_raw(size)
     shuffled = np.argsort(keys, kind="stable").astype(np.uint16)  # below LARGEST_WINDOW

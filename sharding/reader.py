@@ -1,8 +1,7 @@
 """Reading samples of a dataset by (shard, row): what stands in the slots that ``sharding.order`` gives.
 
 A sample is one range read, since the members of a key are contiguous in the tar: from the file itself where
-    the
-dataset is on this machine, from a cached copy of the shard where there is a cache, else from the object
+the dataset is on this machine, from a cached copy of the shard where there is a cache, else from the object
 storage. Whatever is wrong with a sample or a shard is ``BadData`` with its cause, so that the caller can keep
 the slot as an empty one and count it; a shard that fails costs its own samples only.
 """

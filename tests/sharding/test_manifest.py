@@ -43,6 +43,27 @@ def test_the_digest_is_that_of_what_the_dataset_holds_wherever_it_came_from():
     assert canonical_digest({"a": 1, "b": 2}) == canonical_digest({"b": 2, "a": 1})
 
 
+def test_a_retraction_is_another_dataset_of_the_same_shards():
+    manifest = _manifest()
+    named = manifest.digest, manifest.shards_digest  # computed once, and not carried over to a changed copy
+    retracted = manifest.model_copy(update={"dropped_keys": ["000000-000001"]})
+    assert retracted.digest == _manifest(dropped_keys=["000000-000001"]).digest != named[0]
+    assert retracted.shards_digest == named[1]
+    shard = manifest.shards[0].model_copy(update={"sha256": "0" * 64, "samples": 5})
+    changed = manifest.model_copy(update={"shards": [shard]})
+    assert changed.shards_digest == _manifest(shards=[shard]).shards_digest != named[1]
+    assert changed.samples == 5
+    assert (manifest.digest, manifest.shards_digest) == named
+
+
+def test_what_was_computed_of_a_manifest_is_neither_written_nor_compared():
+    manifest = _manifest()
+    assert manifest.digest
+    assert manifest.samples == 2
+    assert manifest == _manifest()
+    assert manifest.model_dump().keys() == Manifest.model_fields.keys()
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

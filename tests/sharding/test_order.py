@@ -1,11 +1,14 @@
 """The promises of sharding/order.py, by simulating whole epochs."""
 
+import dataclasses
 import itertools
 import pickle
+import random
 
 import numpy as np
 import pytest
 
+import sharding.order
 from sharding.order import EMPTY, LARGEST_WINDOW, batch_slots, epoch_order, steps_per_epoch
 
 SHARDS = [[1], [7], [3, 0, 5], [10, 10, 10, 10], [1, 2, 3, 4, 5, 6], [0, 0, 33], [64]]
@@ -44,6 +47,84 @@ def test_the_batch_does_not_depend_on_the_number_of_workers(shards, lanes, per_l
         ]
         assert {part.shape for part in parts} == {(len(whole), lanes * per_lane // workers, 2)}  # equal steps
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_the_drawn_example_of_the_module_is_what_the_functions_give():
+    shards, letters = (5, 3, 4), iter("abcdefghijkl")
+    name = {(shard, row): next(letters) for shard, count in enumerate(shards) for row in range(count)}
+    order = epoch_order("example", 8, 0, shards, 2, 3)
+
+    def lane(number, window):
+        of_window = dataclasses.replace(order, window=window)
+        return [
+            name[slot] for step in range(3) for slot in samples_of(batch_slots(of_window, step, 4, number, 2))
+        ]
+
+    def boxes(parts):
+        return "| " + " | ".join(" ".join(part) for part in parts) + " |"
+
+    ring = boxes([[name[shard, row] for row in range(shards[shard])] for shard in order.shards.tolist()])
+    expected = {"shards, permuted": ring}
+    for number in range(2):
+        for title, window in ((f"lane {number}", 1), (f"lane {number}, shuffled", 3)):
+            samples = lane(number, window)
+            expected[title] = boxes([samples[:3], samples[3:]])
+    for step in range(3):
+        pairs = [
+            " ".join(name[slot] for slot in samples_of(batch_slots(order, step, 4, number, 2)))
+            for number in range(2)
+        ]
+        expected[f"batch {step}"] = "   ".join(pairs)
+    drawn = {line[4:24].strip(): line[24:56].strip() for line in sharding.order.__doc__.splitlines()}
+    assert {title: drawn[title] for title in expected} == expected
+    caret = next(line for line in sharding.order.__doc__.splitlines() if "^" in line).index("^")
+    assert caret == 24 + ring.index(lane(0, 1)[0]) - 1
+
+
+def test_batches_of_another_size_go_on_where_an_epoch_was_left():
+    rest = random.Random(11)
+    for shards, lanes in itertools.product(SHARDS, (1, 2, 3, 6)):
+        order = epoch_order("d", 3, 1, shards, lanes, 4)
+        whole = epoch(shards, lanes, 1, 4, number=1)  # what each lane gives, one after the other
+        for _ in range(4):
+            taken, seen = 0, []
+            while True:
+                per_lane = rest.choice((1, 2, 3, 5))
+                left = steps_per_epoch(sum(shards), lanes, lanes * per_lane, taken)
+                if not left:
+                    break
+                steps = rest.randint(1, left)
+                for step in range(steps):
+                    slots = batch_slots(order, step, lanes * per_lane, taken=taken)
+                    expected = whole[taken + step * per_lane :][:per_lane].swapaxes(0, 1)
+                    got = slots.reshape(lanes, per_lane, 2)
+                    np.testing.assert_array_equal(got[:, : expected.shape[1]], expected)
+                    assert (got[:, expected.shape[1] :] == EMPTY).all()
+                    seen += samples_of(slots)
+                taken += steps * per_lane
+            assert sorted(seen) == [
+                (shard, row) for shard, count in enumerate(shards) for row in range(count)
+            ]
+
+
+def test_the_cost_of_a_plan_and_of_a_batch_does_not_grow_with_the_samples_of_a_shard(monkeypatch):
+    """Counted, not timed: how many numbers are drawn, and how long the arrays of the plan are."""
+    drawn = []
+    permutation = sharding.order._permutation
+
+    def counting(seed, size):
+        drawn.append(size)
+        return permutation(seed, size)
+
+    monkeypatch.setattr(sharding.order, "_permutation", counting)
+    costs = []
+    for samples in (10, 10_000, 10_000_000):
+        drawn.clear()
+        order = epoch_order("d", 0, 0, [samples] * 300, 4, 8)
+        batch_slots(order, steps_per_epoch(300 * samples, 4, 16) // 2, 16)
+        arrays = [value.size for value in vars(order).values() if isinstance(value, np.ndarray)]
+        costs.append((arrays, len(drawn) <= 2 * 4, max(drawn)))
+    assert costs == [([300, 301], True, 8)] * 3
 
 
 def test_empty_slots_stand_only_at_the_end_of_a_lane_and_are_as_few_as_can_be():
@@ -142,6 +223,8 @@ def test_a_plan_that_cannot_be_is_refused(arguments, message):
         ({"global_batch": 0}, "multiple of the lanes"),
         ({"step": 5}, "step must be between 0 and 4"),
         ({"step": -1}, "step must be"),
+        ({"taken": 5}, "step must be"),
+        ({"taken": -1}, "taken must not be negative"),
     ],
 )
 def test_a_batch_that_cannot_be_is_refused(arguments, message):
