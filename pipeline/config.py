@@ -22,6 +22,7 @@ from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.tracking import TrackingConfig
 from sharding.errors import UserError
+from sharding.order import LARGEST_WINDOW
 from sharding.prepare import PrepareConfig
 from sharding.storage import StorageConfig
 
@@ -138,7 +139,7 @@ class TrainBlock(Block):
         "with the same gradient and about a third more time; null: all at once",
     )
     lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
-    shuffle_window: Annotated[int, Field(ge=1)] = Field(
+    shuffle_window: Annotated[int, Field(ge=1, le=LARGEST_WINDOW)] = Field(
         16384, description="samples shuffled among each other"
     )
     loader_processes: Annotated[int, Field(ge=0)] = 1

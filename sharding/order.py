@@ -1,7 +1,7 @@
 """The order of samples: which sample stands in which slot of which batch.
 
-The invariant: **the slots of a batch are a pure function of (manifest digest, seed, epoch, step) and of the
-shape (lanes, window, global batch)**. They do not depend on the number of workers or loader processes, nor on
+The invariant: **the slots of a batch are a pure function of (digest of the shards, seed, epoch, step) and of
+the shape (lanes, window, global batch)**. They do not depend on the number of workers or loader processes, nor on
 what ran before. In one epoch each sample stands in exactly one slot, all workers take the same number of
 steps, and any step can be asked for at once, so that a resume reads nothing again.
 
@@ -60,12 +60,12 @@ class EpochOrder:
 
 
 def epoch_order(
-    digest: str, seed: int, epoch: int, shard_samples: Sequence[int], lanes: int, window: int
+    digest: str, seed: int, epoch: int, shard_samples: Sequence[int] | np.ndarray, lanes: int, window: int
 ) -> EpochOrder:
     """Plan an epoch.
 
     Args:
-        digest: of the manifest, so that other data has another order.
+        digest: of the manifest's shards, so that other data has another order.
         seed, epoch: of the run; each epoch has an order of its own.
         shard_samples: number of samples of each shard, in the manifest's order; may hold zeros.
         lanes: number of lanes (L); any number of workers that divides it gives the same batches.

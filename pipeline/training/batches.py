@@ -1,8 +1,9 @@
 """Which samples make up which batch, and how they become tensors in the loader processes.
 
-Everything is a function of (manifest digests, run seed, stage, step): the loader's state is the step. A global
-batch of G samples is A contrastive batches of C = G/A; each of the L lanes gives C/L consecutive samples (a
-*group*) to a contrastive batch, and each worker holds a contiguous slice of the lanes::
+Everything is a function of (the data's digests, run seed, stage, step): the loader's state is the step. Which
+samples a global batch holds is told by ``data_order``. A global batch of G samples is A contrastive batches of
+C = G/A; each of the L lanes gives C/L consecutive samples (a *group*) to a contrastive batch, and each worker
+holds a contiguous slice of the lanes::
 
     global batch   lane 0: a0 a0 a1 a1   lane 1: a0 a0 a1 a1   ...      A = 2, C/L = 2
     worker 0, accumulation step 0:  lane 0's a0 a0 | lane 1's a0 a0 | ...   each | a group
@@ -22,9 +23,9 @@ from torchvision.transforms import v2
 
 from model import GLSCLConfig, GLSCLProcessor, PretrainingMasks, draw_masks
 from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
+from pipeline.training.data_order import DataOrder
 from sharding.errors import BadData
 from sharding.media import decode_image, decode_video
-from sharding.order import EpochOrder, batch_slots, epoch_order, steps_per_epoch
 from sharding.reader import RawSample, ShardReader
 from sharding.seeds import derive_seed
 
@@ -120,15 +121,6 @@ class Batch:
         )
 
 
-def draw_mixture(seed: int, stage: str, steps: int, mixture: dict[str, float]) -> list[str]:
-    """The dataset of each of a stage's steps, drawn by the mixture's weights; the same on every worker."""
-    names = sorted(mixture)
-    weights = np.array([mixture[name] for name in names], dtype=np.float64)
-    generator = np.random.Generator(np.random.Philox(key=derive_seed(seed, "mixture", stage)))
-    picks = generator.choice(len(names), size=steps, p=weights / weights.sum())
-    return [names[pick] for pick in picks]
-
-
 class StageSampler(Sampler[list[Slot]]):
     """The slots of one worker's batches, from ``start_step`` to the stage's end, ``accumulation`` lists a step."""
 
@@ -143,51 +135,28 @@ class StageSampler(Sampler[list[Slot]]):
         worker: int,
         workers: int,
     ) -> None:
-        self._stage, self._train, self._readers = stage, train, readers
-        self._seed, self._start_step, self._worker, self._workers = seed, start_step, worker, workers
-        self._global_batch = stage.global_batch or train.global_batch
-        self._datasets = draw_mixture(seed, stage.name, stage.steps, stage.mixture)
+        self._stage, self._train, self._start_step = stage, train, start_step
+        self._worker, self._workers = worker, workers
+        self._order = DataOrder(train, {name: reader.manifest for name, reader in readers.items()}, seed)
 
     @property
     def group_size(self) -> int:
         """Samples that one lane gives to one contrastive batch."""
-        return self._global_batch // (self._train.lanes * self._train.accumulation)
+        global_batch = self._stage.global_batch or self._train.global_batch
+        return global_batch // (self._train.lanes * self._train.accumulation)
 
     def __len__(self) -> int:
         return (self._stage.steps - self._start_step) * self._train.accumulation
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        taken = Counter(self._datasets[: self._start_step])
-        orders: dict[str, EpochOrder] = {}
-        epochs: dict[str, int] = {}
-        for step in range(self._start_step, self._stage.steps):
-            name = self._datasets[step]
-            manifest = self._readers[name].manifest
-            per_epoch = steps_per_epoch(manifest.samples, self._train.lanes, self._global_batch)
-            epoch, position = divmod(taken[name], per_epoch)
-            taken[name] += 1
-            if epochs.get(name) != epoch:
-                orders[name] = self._order(name, epoch)
-                epochs[name] = epoch
-            slots = batch_slots(orders[name], position, self._global_batch, self._worker, self._workers)
-            yield from self._contrastive_batches(name, epoch, slots)
-
-    def _order(self, name: str, epoch: int) -> EpochOrder:
-        manifest = self._readers[name].manifest
-        return epoch_order(
-            manifest.digest,
-            derive_seed(self._seed, "order", self._stage.name),
-            epoch,
-            [shard.samples for shard in manifest.shards],
-            self._train.lanes,
-            self._train.shuffle_window,
-        )
-
-    def _contrastive_batches(self, name: str, epoch: int, slots: np.ndarray) -> Iterator[list[Slot]]:
-        lanes = self._train.lanes // self._workers
-        by_step = slots.reshape(lanes, self._train.accumulation, self.group_size, 2).swapaxes(0, 1)
-        for part in by_step:
-            yield [Slot(name, int(shard), int(row), epoch) for shard, row in part.reshape(-1, 2)]
+        for step in self._order.stage(self._stage, self._start_step):
+            slots = self._order.slots(step, self._worker, self._workers)
+            lanes = self._train.lanes // self._workers
+            by_batch = slots.reshape(lanes, self._train.accumulation, self.group_size, 2).swapaxes(0, 1)
+            for part in by_batch:
+                yield [
+                    Slot(step.dataset, shard, row, step.epoch) for shard, row in part.reshape(-1, 2).tolist()
+                ]
 
 
 class StageDataset(Dataset[Sample]):

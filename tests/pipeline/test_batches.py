@@ -8,7 +8,8 @@ import torch
 
 from model import GLSCLForPreTraining, backward_in_parts
 from pipeline.config import JobConfig, parse_job
-from pipeline.training.batches import Batch, StageSampler, draw_mixture, stage_loader
+from pipeline.training.batches import Batch, StageSampler, stage_loader
+from pipeline.training.data_order import draw_mixture
 from pipeline.training.engine import model_config
 from sharding.prepare import prepare
 from sharding.reader import ShardReader
@@ -147,14 +148,6 @@ def test_a_batch_is_of_one_modality_and_a_clip_has_its_frames(
     for name, batch in zip(picks, batches(job, readers, 1), strict=True):
         assert batch.pixel_values.shape == (16, frames[name], 3, 32, 32)
         assert batch.pixel_values.dtype == torch.uint8
-
-
-def test_the_mixture_follows_its_weights(job: JobConfig) -> None:
-    counts = Counter(draw_mixture(1, "stage", 4000, {"a": 3, "b": 1}))
-    assert counts["a"] / 4000 == pytest.approx(0.75, abs=0.03)
-    assert (
-        draw_mixture(1, "stage", 50, {"a": 3, "b": 1}) == draw_mixture(1, "stage", 80, {"a": 3, "b": 1})[:50]
-    )
 
 
 def test_text_is_trimmed_to_the_longest_of_the_batch(job: JobConfig, readers: dict[str, ShardReader]) -> None:
