@@ -179,6 +179,35 @@ def align(
     draw(image, caption, model, out, console(), resolution=resolution, frames=frames)
 
 
+@app.command("verify-epoch")
+def verify_epoch(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run (`.../runs/NAME`), also one in progress, or one of its checkpoints: a path, `file://` or `s3://`.",
+            metavar="RUN",
+            show_default=False,
+        ),
+    ],
+    epoch: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only this epoch of each dataset, from 0.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """Prove what a run was trained on, over all its crashes and restarts: each sample once an epoch.
+
+    Computes from the run's configuration and manifests what each global batch had to hold, and compares it with
+    the consumption ledger that the workers kept. Exit code 1 where they differ or the ledger has gaps.
+
+    Example: `glscl verify-epoch s3://bucket/runs/demo`
+    """
+    from pipeline.training.verify_epoch import verify_epoch as verify
+
+    if not verify(run, console(), epoch=epoch, as_json=as_json):
+        raise typer.Exit(1)
+
+
 @app.command()
 def submit(
     job: JobFile,

@@ -11,6 +11,7 @@ holds a contiguous slice of the lanes::
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torchvision.transforms import v2
 
 from model import GLSCLConfig, GLSCLProcessor, PretrainingMasks, draw_masks
 from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
+from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder
 from sharding.errors import BadData
 from sharding.media import decode_image, decode_video
@@ -44,6 +46,7 @@ class Slot:
 class Sample:
     """A decoded sample; an unreadable one keeps its slot with ``valid`` False and the ``cause``."""
 
+    slot: Slot
     key: str
     pixels: torch.Tensor  # uint8 [F, 3, H, W]
     caption: str
@@ -62,20 +65,24 @@ class Batch:
     masks: PretrainingMasks
     valid: torch.Tensor  # bool [B]
     keys: list[str]
-    bad: Counter[str]  # unreadable samples by cause (empty slots are not bad)
+    slots: list[Slot]  # where each sample lies
+    causes: list[str | None]  # why a sample is not valid; None for those that are, and for empty slots
     group_size: int
+
+    @property
+    def bad(self) -> Counter[str]:
+        """Unreadable samples by cause; neither empty slots nor retracted samples are bad."""
+        return Counter(cause for cause in self.causes if cause not in (None, RETRACTED))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return Batch(
+        return dataclasses.replace(
+            self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             pixel_values=self.pixel_values.to(device, non_blocking=True),
             masks=self.masks.to(device),
             valid=self.valid.to(device, non_blocking=True),
-            keys=self.keys,
-            bad=self.bad,
-            group_size=self.group_size,
         )
 
     def model_inputs(self) -> dict[str, Any]:
@@ -109,15 +116,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that :meth:`to` overlaps with computing (the DataLoader calls this)."""
-        return Batch(
+        return dataclasses.replace(
+            self,
             input_ids=self.input_ids.pin_memory(),
             attention_mask=self.attention_mask.pin_memory(),
             pixel_values=self.pixel_values.pin_memory(),
             masks=self.masks.pin_memory(),
             valid=self.valid.pin_memory(),
-            keys=self.keys,
-            bad=self.bad,
-            group_size=self.group_size,
         )
 
 
@@ -194,12 +199,12 @@ class StageDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "augmentation"))
             pixels = self._transform(pixels)
-        return Sample(raw.key, pixels.contiguous(), caption, seed, valid=True)
+        return Sample(slot, raw.key, pixels.contiguous(), caption, seed, valid=True)
 
     def _masked(self, slot: Slot, key: str, cause: str | None) -> Sample:
         frames = 1 if self._readers[slot.dataset].manifest.modality == "image" else self._stage.frames
         pixels = torch.zeros(frames, 3, self._size, self._size, dtype=torch.uint8)
-        return Sample(key, pixels, "", seed=0, valid=False, cause=cause)
+        return Sample(slot, key, pixels, "", seed=0, valid=False, cause=cause)
 
 
 def training_transform(augmentation: AugmentationBlock, size: int) -> v2.Transform:
@@ -252,7 +257,8 @@ class Collator:
             masks=masks,
             valid=valid,
             keys=[sample.key for sample in samples],
-            bad=Counter(sample.cause for sample in samples if sample.cause is not None),
+            slots=[sample.slot for sample in samples],
+            causes=[sample.cause for sample in samples],
             group_size=self._group_size,
         )
 

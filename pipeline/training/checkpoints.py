@@ -5,7 +5,8 @@ Layout, below the run's folder::
     checkpoints/step-00000100/
         model/config.json, model/model.safetensors     weights alone (fp32): evaluation, export
         deepspeed/*.pt                                 what DeepSpeed needs to go on (all workers' parts)
-        commit.json                                    size and sha256 of each file, step, world size, ...
+        commit.json                                    size and sha256 of each file, step, world size, what the
+                                                       run was trained on so far (see ``consumption``), ...
 
 A checkpoint exists when its commit record does; a folder without one is the remains of a killed write and is
 overwritten. Learning rate, data order, masks, dropout are functions of (seed, step), so that the step is all

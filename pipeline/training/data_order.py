@@ -110,11 +110,6 @@ class DataOrder:
             yield self._locate(name, progress.get(name, _Progress()), done[pick], global_batch)
             done[pick] += 1
 
-    def run(self) -> Iterator[StepData]:
-        """The steps of all stages."""
-        for stage in self._train.stages:
-            yield from self.stage(stage)
-
     def slots(self, step: StepData, worker: int = 0, workers: int = 1) -> np.ndarray:
         """int64 [global_batch / workers, 2]: (shard, row) of one worker's slots, see ``sharding.order.batch_slots``."""
         order = self._order(step.dataset, step.epoch)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.config import JobConfig, StageBlock
 from pipeline.tracking import MetricLogger
 from pipeline.training.batches import Batch, stage_loader
 from pipeline.training.checkpoints import Checkpoint, resume, save_checkpoint
+from pipeline.training.consumption import ConsumptionRecorder, PartReference
 from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config, optimizer_step
 from pipeline.training.health import BadSampleGuard, check_finite
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
@@ -79,6 +80,7 @@ class _Worker:
     readers: dict[str, ShardReader]
     metrics: MetricLogger | None
     guard: BadSampleGuard
+    consumption: ConsumptionRecorder
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -103,10 +105,13 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         tell=context.rank == 0,
     )
     engine, peaks = build_engine(model, job.train, context)
-    newest = resume(engine, run, context, plan.scratch, expected=_identity(job, readers), warn=plan.warn)
+    identity = _identity(job, readers)
+    newest = resume(engine, run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
+    consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
         logger.info("%s at step %d of %d", "resuming" if newest else "starting", step, job.train.total_steps)
+        _tell_retracted(readers, newest)
 
     metrics = None
     if context.rank == 0:
@@ -123,6 +128,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             readers=readers,
             metrics=metrics,
             guard=BadSampleGuard(job.train.bad_sample_limit, context.device),
+            consumption=ConsumptionRecorder(run, identity["shards"], consumed),
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -145,13 +151,27 @@ def _open_readers(storage: Storage, plan: TrainingPlan) -> dict[str, ShardReader
     return readers
 
 
+def _tell_retracted(readers: dict[str, ShardReader], newest: Checkpoint | None) -> None:
+    """Say what is left out of each dataset, and where that is no longer what it was at the checkpoint."""
+    for name, reader in readers.items():
+        manifest = reader.manifest
+        if manifest.dropped_keys:
+            share = f"{len(manifest.dropped_keys)} of {manifest.samples} samples"
+            logger.info("%s: %s are retracted; their slots stay empty", name, share)
+        if newest is not None and newest.record["data"][name] != manifest.digest:
+            logger.warning("%s: other samples are retracted than at step %d", name, newest.step)
+
+
 def _identity(job: JobConfig, readers: dict[str, ShardReader]) -> dict[str, Any]:
-    """What a checkpoint must agree on for the run to go on from it."""
+    """What a checkpoint must agree on for the run to go on from it.
+
+    Samples may be retracted while a run goes on: what its shards hold must be the same.
+    """
     return {
         "seed": job.seed,
         "zero_stage": job.train.zero_stage,
         "precision": job.train.precision,
-        "data": {name: reader.manifest.digest for name, reader in readers.items()},
+        "shards": {name: reader.manifest.shards_digest for name, reader in readers.items()},
     }
 
 
@@ -208,6 +228,7 @@ def _train_step(
     for part in range(train.accumulation):
         batch, seconds = next(batches)
         waited += seconds
+        worker.consumption.add(step + 1, batch)
         batch = batch.to(context.device)
         losses, metrics = _forward_backward(worker, stage, batch, step, part)
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
@@ -309,6 +330,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
     if worker.metrics is not None:
         # Steps before a checkpoint are never computed again: their metrics must be safe before it exists.
         worker.metrics.flush(timeout_s=10.0)
+    consumed = worker.consumption.write(worker.context)  # safe before the commit record that vouches for it
     saved: Checkpoint = save_checkpoint(
         worker.engine,
         worker.run,
@@ -318,6 +340,8 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
         stage=stage_index,
         details={
             **_identity(job, worker.readers),
+            "data": {name: reader.manifest.digest for name, reader in worker.readers.items()},
+            "consumption": asdict(consumed),
             "stage_name": job.train.stages[stage_index].name,
             "stage_end": stage_end,
             "bad_samples": dict(worker.guard.causes),

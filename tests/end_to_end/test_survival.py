@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from rich.console import Console
 
 from pipeline.runs import read_record
 from pipeline.training.checkpoints import Checkpoint
+from pipeline.training.verify_epoch import verify_epoch
 from sharding.storage import Storage, open_storage
 from tests.end_to_end.command import Command, committed, series, weights_digest
 from tests.fixtures.jobs import tiny_job, write_job
@@ -72,6 +75,9 @@ def assert_equals_undisturbed(job: Job, undisturbed: Job) -> None:
     assert [c.step for c in job.checkpoints()] == list(range(EVERY, STEPS + 1, EVERY))
     for mine, reference in zip(job.checkpoints(), undisturbed.checkpoints(), strict=True):
         assert weights_digest(mine) == weights_digest(reference), f"weights differ at step {mine.step}"
+    # The newest part of the ledger holds the digest of all before it: the same samples in every step.
+    assert job.checkpoints()[-1].record["consumption"] == undisturbed.checkpoints()[-1].record["consumption"]
+    assert verify_epoch(job.run.url, Console()), "the ledger is not what the run had to be trained on"
     assert [step for step, _ in job.losses()] == list(range(1, STEPS + 1)), "each step once in MLflow"
     assert job.losses() == undisturbed.losses()
     runs = MlflowClient(tracking_uri=job.uri).search_runs(
@@ -79,6 +85,19 @@ def assert_equals_undisturbed(job: Job, undisturbed: Job) -> None:
         filter_string="attributes.status = 'FINISHED'",
     )
     assert [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags] == [job.run_id()]
+
+
+def test_verify_epoch_proves_an_undisturbed_run(undisturbed: Job) -> None:
+    proof = json.loads(
+        Command(
+            "verify-epoch", undisturbed.run.url, "--json", log=undisturbed.file.with_name("proof")
+        ).succeed()
+    )
+    assert (proof["proven"], proof["steps"], proof["parts"]) == (STEPS, STEPS, STEPS // EVERY)
+    emoji = [epoch for epoch in proof["epochs"] if epoch["dataset"] == "emoji"]
+    assert [epoch["epoch"] for epoch in emoji] == list(range(len(emoji)))
+    assert all(epoch["complete"] and epoch["trained"] == 40 for epoch in emoji[:-1])
+    assert {stage for epoch in emoji for stage in epoch["stages"]} == {"images", "mixed"}
 
 
 def test_an_undisturbed_run_trains_every_step_once_and_learns(undisturbed: Job) -> None:

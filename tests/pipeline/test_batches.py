@@ -9,6 +9,7 @@ import torch
 from model import GLSCLForPreTraining, backward_in_parts
 from pipeline.config import JobConfig, parse_job
 from pipeline.training.batches import Batch, StageSampler, stage_loader
+from pipeline.training.consumption import RETRACTED, ConsumptionRecorder, StepRecord
 from pipeline.training.data_order import draw_mixture
 from pipeline.training.engine import model_config
 from sharding.prepare import prepare
@@ -176,6 +177,45 @@ def test_an_unreadable_sample_keeps_its_slot_masked_and_counted(
     for batch, reference in zip(epoch, good, strict=True):
         assert len(batch.keys) == len(reference.keys)
         assert int(reference.valid.sum()) - int(batch.valid.sum()) == batch.bad.total()
+
+
+def test_a_retracted_sample_keeps_its_slot_masked_and_is_not_bad(
+    job: JobConfig, readers: dict[str, ShardReader]
+) -> None:
+    good = batches(job, readers)[:3]
+    keys = [good[0].keys[0], good[1].keys[5]]
+    manifest = readers["emoji"].manifest.model_copy(update={"dropped_keys": keys})
+    epoch = batches(job, {"emoji": ShardReader(readers["emoji"].dataset, manifest)})[:3]
+    for batch, reference in zip(epoch, good, strict=True):
+        assert batch.slots == reference.slots, "all others stay in their places"
+        hidden = torch.tensor([key in keys for key in reference.keys])
+        assert torch.equal(batch.valid, reference.valid & ~hidden)
+        assert not batch.bad
+    causes = Counter(cause for batch in epoch for cause in batch.causes)
+    assert causes == {RETRACTED: 2, None: 3 * 16 - 2}
+
+
+def test_what_the_ledger_notes_is_what_the_batches_hold(
+    job: JobConfig, readers: dict[str, ShardReader]
+) -> None:
+    """The real loader's batches: those of a resumed stage and of two workers add up to those of the whole."""
+    shards = {name: reader.manifest.shards_digest for name, reader in readers.items()}
+
+    def noted(start: int, worker: int = 0, workers: int = 1) -> list[StepRecord]:
+        recorder = ConsumptionRecorder(readers["emoji"].dataset, shards, None)
+        for step, batch in enumerate(
+            batches(job, readers, 1, start=start, worker=worker, workers=workers), start + 1
+        ):
+            recorder.add(step, batch)
+        return recorder._steps
+
+    whole = noted(0)
+    assert noted(2) == whole[2:]
+    for record, first, second in zip(whole, noted(0, 0, 2), noted(0, 1, 2), strict=True):
+        assert record.trained > 0
+        assert (record.step, record.dataset, record.epoch) == (first.step, first.dataset, first.epoch)
+        assert record.digest == (first.digest + second.digest) % 2**128
+        assert (record.trained, record.empty) == (first.trained + second.trained, first.empty + second.empty)
 
 
 def test_loader_processes_give_the_same_batches(job: JobConfig, readers: dict[str, ShardReader]) -> None:
