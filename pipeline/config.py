@@ -252,7 +252,9 @@ class JobConfig(Block):
     seed: Annotated[int, Field(ge=0)] = 0
     storage: StorageConfig
     datasets: Annotated[dict[str, PrepareConfig], Field(min_length=1)]
-    model: ModelBlock = ModelBlock()
+    model: ModelBlock = Field(
+        default_factory=ModelBlock
+    )  # made when asked for: it looks into `model`, hence torch
     train: TrainBlock
     checkpoints: CheckpointBlock = CheckpointBlock()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -121,6 +121,10 @@ class Manifest(BaseModel):
         """sha256 (64 hex digits) that names the dataset: its shards, and what was retracted from them."""
         return canonical_digest({"shards": self.shards_digest, "dropped_keys": self.dropped_keys})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader processes get it pickled: as JSON several times faster than record by record.
+        return Manifest.model_validate_json, (self.model_dump_json(),)
+
     def __copy__(self) -> Self:
         copied = super().__copy__()
         for kept in (

@@ -24,14 +24,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from cluster.workers import WorkerContext
 from sharding.errors import BadData, UserError
 from sharding.storage import Storage
+
+if TYPE_CHECKING:
+    from cluster.workers import WorkerContext
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -385,6 +387,11 @@ def test_a_run_without_a_ledger_is_refused(run: SimulatedRun) -> None:
     commit(run.run, 4, shards=run.shards)
     with pytest.raises(UserError, match="without a consumption ledger"):
         verify_epoch(run.address, Console())
+
+
+def test_verifying_needs_neither_ray_nor_deepspeed() -> None:
+    code = "import sys, pipeline.training.verify_epoch as _; sys.exit(bool({'ray', 'deepspeed'} & {*sys.modules}))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_accumulation_makes_the_same_ledger(run: SimulatedRun, tmp_path: Path) -> None:

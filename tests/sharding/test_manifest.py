@@ -1,5 +1,7 @@
 """Promises of the manifest: what names a dataset, and what becomes of a broken one."""
 
+import pickle
+
 import pytest
 
 from sharding.errors import UserError
@@ -54,6 +56,13 @@ def test_a_retraction_is_another_dataset_of_the_same_shards():
     assert changed.shards_digest == _manifest(shards=[shard]).shards_digest != named[1]
     assert changed.samples == 5
     assert (manifest.digest, manifest.shards_digest) == named
+
+
+def test_a_pickled_manifest_is_the_same():
+    manifest = _manifest(dropped_keys=["ü"], configuration={"a": 0.1, "b": None, "c": [1, "ß"]})
+    copy = pickle.loads(pickle.dumps(manifest))  # noqa: S301
+    assert copy == manifest
+    assert copy.digest == manifest.digest
 
 
 def test_what_was_computed_of_a_manifest_is_neither_written_nor_compared():
