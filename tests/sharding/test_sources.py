@@ -268,9 +268,7 @@ def test_the_url_lists_of_img2dataset_are_tables_in_parts(tmp_path):
 
 def test_tab_separated_values_have_no_quotes_and_need_no_header(tmp_path):
     path = tmp_path / "Train_GCC-training.tsv"
-    path.write_bytes(
-        b'a "very typical, bus station\thttp://h/a.jpg\nsierra\thttp://h/b?x=1,2\nalone\n'
-    )
+    path.write_bytes(b'a "very typical, bus station\thttp://h/a.jpg\nsierra\thttp://h/b?x=1,2\nalone\n')
     options = {"path_column": None, "url_column": "url", "caption_column": "caption"}
     inputs, _ = _list(_table(path, columns=["caption", "url"], **options))
     assert inputs[:2] == [
