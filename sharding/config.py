@@ -5,77 +5,19 @@ Light to import (no Arrow, no Ray), since the command line validates a job befor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sharding.manifest import Modality, canonical_digest
-from sharding.storage import normalise_url
+from sharding.sources.config import FetchConfig, SourceConfig
 
 # Raised when the way samples are made changes, so that shards of two versions of this program never mix.
 FORMAT_VERSION = 1
 
-Scalar = str | int | float | bool
-
 
 class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Located(_Block):
-    path: str = Field(
-        description="folder, file, file:// or s3:// url; a relative path is that of the command"
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        return normalise_url(path)
-
-
-class FolderSource(_Located):
-    """A folder (or S3 prefix) of media, each with its captions in a file of the same name beside it.
-
-    ``.txt``: one caption a line. ``.json``: ``{"caption": text}`` or ``{"captions": [texts]}``.
-    """
-
-    kind: Literal["folder"]
-    captions: Literal[".txt", ".json"] = ".txt"
-
-
-class TableSource(_Located):
-    """A table, or a folder of tables of one kind: ``.jsonl``, ``.parquet`` or ``.csv``; a row is a sample.
-
-    ``path_column`` holds paths relative to the table's folder, absolute paths or urls; ``url_column`` only
-    urls (s3://, http://, https://). A caption cell is a text or a list of texts.
-    """
-
-    kind: Literal["table"]
-    path_column: str | None = None
-    url_column: str | None = None
-    caption_column: str | list[str]
-    where: dict[str, Scalar | list[Scalar]] = Field(
-        default_factory=dict, description="column: value, or list of values; rows with others are left out"
-    )
-
-    @property
-    def media_column(self) -> str:
-        return self.path_column or self.url_column or ""
-
-    @property
-    def caption_columns(self) -> list[str]:
-        return [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column
-
-    @model_validator(mode="after")
-    def _one_address(self) -> TableSource:
-        if (self.path_column is None) == (self.url_column is None):
-            raise ValueError("give either path_column or url_column")
-        if not self.caption_columns:
-            raise ValueError("caption_column names no column")
-        return self
-
-
-SourceConfig = Annotated[FolderSource | TableSource, Field(discriminator="kind")]
 
 
 class ImageConfig(_Block):
@@ -125,16 +67,6 @@ class FilterConfig(_Block):
     )
 
 
-class FetchConfig(_Block):
-    """How media are read. Does not change the dataset, so it is not part of its digest."""
-
-    threads: int = Field(default=8, ge=1, le=256, description="reads at once in one task")
-    timeout_s: float = Field(
-        default=20, gt=0, description="http(s): longest silence, and a third of the whole"
-    )
-    attempts: int = Field(default=2, ge=1, description="http(s): tries of one address")
-
-
 class PrepareConfig(_Block):
     """One dataset: where its samples come from, which are kept and how they are stored."""
 
@@ -180,7 +112,8 @@ class PrepareConfig(_Block):
         """The JSON value of all that decides what the dataset holds; the manifest records it."""
         value = self.model_dump(mode="json", exclude={"fetch", "bad_limit", "task_retries", "image", "video"})
         encoding = self.picture if self.modality == "image" else self.clip
-        return value | {self.modality: encoding.model_dump(mode="json"), "format_version": FORMAT_VERSION}
+        value |= {self.modality: encoding.model_dump(mode="json"), "fetch": self.fetch.identity()}
+        return value | {"format_version": FORMAT_VERSION}
 
     @property
     def digest(self) -> str:

@@ -26,6 +26,7 @@ PLAN_PATH = "plan.json"
 # Digests that one exchange task compares at once: about 150 bytes of memory each.
 DIGESTS_PER_BUCKET = 2_000_000
 
+_MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _INPUT_SCHEMA = pa.schema(
     [
         pa.field("address", pa.string(), nullable=False),
@@ -33,6 +34,11 @@ _INPUT_SCHEMA = pa.schema(
         pa.field("sidecar", pa.string()),
         pa.field("not_text", pa.int32(), nullable=False),
         pa.field("problem", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("row", pa.int64()),
+        pa.field("texts", pa.list_(_MEMBER), nullable=False),
     ]
 )
 

@@ -18,28 +18,32 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sharding.config import (
-    FetchConfig,
-    FilterConfig,
-    FolderSource,
-    ImageConfig,
-    PrepareConfig,
-    SourceConfig,
-    TableSource,
-    VideoConfig,
-)
+from sharding.config import FilterConfig, ImageConfig, PrepareConfig, VideoConfig
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import MANIFEST_PATH, Counts, Manifest, ShardRecord, canonical_digest, load_manifest
+from sharding.sources.config import (
+    CocoSource,
+    FetchConfig,
+    FolderSource,
+    HuggingFaceSource,
+    KarpathySource,
+    SourceConfig,
+    TableSource,
+    WebDatasetSource,
+)
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
     from sharding.stages import TaskRecord, Work
 
 __all__ = [
+    "CocoSource",
     "FetchConfig",
     "FilterConfig",
     "FolderSource",
+    "HuggingFaceSource",
     "ImageConfig",
+    "KarpathySource",
     "PrepareConfig",
     "PreparedDataset",
     "Progress",
@@ -47,6 +51,7 @@ __all__ = [
     "TableSource",
     "TaskFailed",
     "VideoConfig",
+    "WebDatasetSource",
     "dataset_path",
     "prepare",
 ]

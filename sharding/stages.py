@@ -36,7 +36,8 @@ from sharding.filters.duplicates import digest_words, later_copies
 from sharding.index import IndexRow, read_index
 from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Plan, read_inputs
-from sharding.sources.fetch import Fetcher, public_address
+from sharding.sources import open_fetcher
+from sharding.sources.fetch import public_address
 from sharding.storage import Storage
 from sharding.writer import ShardWriter, copy_without, publish
 
@@ -115,8 +116,7 @@ def encode(work: Work, task: int) -> TaskRecord:
 
 def _write_candidates(work: Work, task: int, writer: ShardWriter) -> tuple[Counts, dict[str, list[str]]]:
     examiner = Examiner(work.config)
-    base = work.dataset.resolve(work.plan.source.url)
-    fetcher = Fetcher(base, work.config.fetch, int(work.config.max_source_mb * 2**20))
+    fetcher = open_fetcher(work.config, work.dataset, work.plan.source.url)
     dropped: Counter[str] = Counter()
     captions_dropped: Counter[str] = Counter()
     examples: defaultdict[str, list[str]] = defaultdict(list)

@@ -5,4 +5,5 @@ pytest_plugins = [
     "tests.fixtures.ray_cluster",
     "tests.fixtures.corpora",
     "tests.fixtures.jobs",
+    "tests.fixtures.web",
 ]

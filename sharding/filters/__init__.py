@@ -20,6 +20,8 @@ CHOSEN = frozenset(
         "clip-too-large",
         "clip-too-short",
         "duplicate",
+        "opted-out",
+        "robots-txt",
         "too-many-bytes",
         "too-many-pixels",
         "too-small",

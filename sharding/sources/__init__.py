@@ -1,16 +1,53 @@
-"""Where samples come from: one small class for each kind."""
+"""Where samples come from: one small class for each kind.
 
-from sharding.config import FolderSource, PrepareConfig
+Light to import: a kind's own module, and the libraries it needs, come with its first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from sharding.sources.base import Input, Source
-from sharding.sources.folder import FolderListing
-from sharding.sources.table import TableListing
-from sharding.storage import Storage
 
-__all__ = ["Input", "Source", "open_source"]
+if TYPE_CHECKING:
+    from sharding.config import PrepareConfig
+    from sharding.sources.fetch import Fetcher
+    from sharding.storage import Storage
+
+__all__ = ["Input", "Source", "open_fetcher", "open_source"]
 
 
 def open_source(config: PrepareConfig, storage: Storage) -> Source:
     """The configured source; ``storage`` lends its S3 options, not its place."""
-    if isinstance(config.source, FolderSource):
-        return FolderListing(config.source, config.modality, storage)
-    return TableListing(config.source, storage)
+    from sharding.sources.annotations import CocoListing, KarpathyListing
+    from sharding.sources.folder import FolderListing
+    from sharding.sources.huggingface import HuggingFaceListing
+    from sharding.sources.table import TableListing
+    from sharding.sources.tars import WebDatasetListing
+
+    source = config.source
+    match source.kind:
+        case "folder":
+            return FolderListing(source, config.modality, storage)
+        case "table":
+            return TableListing(source, storage)
+        case "coco":
+            return CocoListing(source, storage)
+        case "karpathy":
+            return KarpathyListing(source, storage)
+        case "webdataset":
+            return WebDatasetListing(source, config.modality, storage)
+        case "huggingface":
+            return HuggingFaceListing(source)
+
+
+def open_fetcher(config: PrepareConfig, storage: Storage, base: str) -> Fetcher:
+    """What reads the media that the configured source listed.
+
+    Args:
+        storage: lends its S3 options.
+        base: the source's ``base`` when it was listed.
+    """
+    from sharding.sources.fetch import Fetcher
+
+    return Fetcher(storage, base, config.source, config.fetch, int(config.max_source_mb * 2**20))

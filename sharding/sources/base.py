@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
+from urllib.parse import unquote
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".flv", ".ts", ".gif", ".webp")
+
+
+class Member(TypedDict):
+    """Where in a container a text lies: ``offset`` and ``size`` in bytes. A dict, as Parquet gives it back."""
+
+    name: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -16,11 +25,17 @@ class Input:
     """One sample as the source lists it; nothing of its media has been read yet.
 
     Args:
-        address: of the media: a path relative to the source's base, an absolute path, or a url.
+        address: of the media: a path relative to the source's base, an absolute path, or a url. Of media in a
+            container: what records call it.
         captions: texts known from the listing (a table's).
         sidecar: path, relative to the base, of the file that holds the captions (a folder's).
         not_text: how many captions were given that are no text.
         problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
+        container: the file that holds the media, as addresses are written (a tar).
+        offset: of the media in its container, in bytes.
+        size: of the media in bytes, where the listing knows it; another size later is a fault.
+        row: the number of the row that holds the media (Hugging Face).
+        texts: the members of the container that hold the captions.
     """
 
     address: str
@@ -28,6 +43,11 @@ class Input:
     sidecar: str | None = None
     not_text: int = 0
     problem: str | None = None
+    container: str | None = None
+    offset: int | None = None
+    size: int | None = None
+    row: int | None = None
+    texts: list[Member] = field(default_factory=list)
 
 
 class Hasher(Protocol):
@@ -54,6 +74,13 @@ class Source(Protocol):
 def feed(hasher: Hasher, *parts: Any) -> None:
     """Feed one line of JSON, so that no two different listings give the same bytes."""
     hasher.update(json.dumps(parts, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+
+
+def folder_and_name(url: str) -> tuple[str, str]:
+    """The folder's url and the file's name in it, of a file's normalised url."""
+    folder, _, name = url.rpartition("/")
+    # A file:// url is percent-encoded; paths within a storage are not.
+    return folder, unquote(name) if url.startswith("file://") else name
 
 
 def texts_of(value: Any) -> tuple[list[str], int]:

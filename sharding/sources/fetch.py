@@ -1,34 +1,44 @@
-"""Reading the media and sidecars that a source lists: bounded bytes and time, several at once, in order."""
+"""Reading the media and sidecars that a source lists: bounded bytes and time, several at once, in order.
+
+Where media lie decides who reads them: ``Downloader`` (http), ``MediaRows`` (Hugging Face), the storage (files,
+and members of tars by range).
+"""
 
 from __future__ import annotations
 
-import http.client
-import time
-import urllib.error
-import urllib.request
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from dataclasses import dataclass, replace
+from urllib.parse import unquote
 
-from sharding.config import FetchConfig
 from sharding.errors import BadData, UserError
-from sharding.sources.base import Input
+from sharding.sources.addresses import public_address
+from sharding.sources.base import Input, Member
+from sharding.sources.budget import ByteBudget, Lease
+from sharding.sources.config import FetchConfig, HuggingFaceSource, SourceConfig, WebDatasetSource
+from sharding.sources.huggingface import MediaRows
+from sharding.sources.tars import member_captions
+from sharding.sources.web import Downloader
 from sharding.storage import Storage
 
-T = TypeVar("T")
-R = TypeVar("R")
+__all__ = ["MAX_SIDECAR_BYTES", "Fetched", "Fetcher", "public_address"]
 
 MAX_SIDECAR_BYTES = 1 << 20
 _BLOCK = 1 << 20
-_SECRETS = ("x-amz-", "x-goog-", "sig", "signature", "token", "awsaccesskeyid", "key-pair-id", "policy")
+# Members of a sample this close to each other are read at once: a request costs more than these bytes.
+_GAP = 64 << 10
+# Results waiting for a slow one before them, in numbers of threads; their bytes are bounded by the budget.
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """An input with its bytes, or with the fault that kept them away."""
+    """An input with its bytes, or with the fault that kept them away.
+
+    Captions that were read from members of a container are those of ``input``.
+    """
 
     input: Input
     media: bytes = b""
@@ -37,155 +47,208 @@ class Fetched:
 
 
 class Fetcher:
-    """Reads inputs of one source. Relative addresses are below ``base``; others are opened as they are."""
+    """Reads inputs of one source.
 
-    def __init__(self, base: Storage, config: FetchConfig, max_bytes: int) -> None:
-        self._base, self._config, self._max_bytes = base, config, max_bytes
+    Args:
+        storage: lends its S3 options.
+        base: relative addresses are below it; others are opened as they are.
+        source: as configured; says how rows are opened and what captions in containers mean.
+        max_bytes: larger media are bad data.
+    """
+
+    def __init__(
+        self, storage: Storage, base: str, source: SourceConfig, config: FetchConfig, max_bytes: int
+    ) -> None:
+        self._config, self._max_bytes = config, max_bytes
+        self._rows = MediaRows(source) if isinstance(source, HuggingFaceSource) else None
+        # A dataset of the hub has no folder, and its inputs name rows or urls only.
+        self._base = storage if self._rows is not None else storage.resolve(base)
+        self._caption_field = source.caption_field if isinstance(source, WebDatasetSource) else None
         self._roots: dict[str, Storage] = {}
-        # Only these handlers: no file:, ftp: or data: urls, neither given nor by a redirect.
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPRedirectHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            urllib.request.UnknownHandler(),
-        ):
-            self._opener.add_handler(handler)
+        self._web = Downloader(config, max_bytes)
 
     def fetch_all(self, inputs: Iterable[Input]) -> Iterator[Fetched]:
-        """The inputs in their order; at most ``threads`` of them are in memory."""
-        with ThreadPoolExecutor(self._config.threads, thread_name_prefix="fetch") as pool:
-            yield from _ordered(pool, self.fetch, inputs, self._config.threads)
-
-    def fetch(self, item: Input) -> Fetched:
-        """One input. Faults of the input are returned; faults of the storage are raised."""
-        if item.problem is not None:
-            return Fetched(item, fault=BadData(item.problem, public_address(item.address)))
+        """The inputs in their order, once. ``threads`` are read at once, and of those that are read and not
+        yet used at most ``in_flight_mb`` are in memory, besides the one that is next.
+        """
+        budget = ByteBudget(int(self._config.in_flight_mb * 2**20))
+        pool = ThreadPoolExecutor(self._config.threads, thread_name_prefix="fetch")
+        waiting: deque[tuple[Future[Fetched], Lease]] = deque()
         try:
-            sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
-            return Fetched(item, media=self._media(item.address), sidecar=sidecar)
+            for order, item in enumerate(inputs):
+                lease = budget.lease(order)
+                waiting.append((pool.submit(self.fetch, item, lease), lease))
+                if len(waiting) >= _AHEAD * self._config.threads:
+                    yield from _first(waiting)
+            while waiting:
+                yield from _first(waiting)
+        finally:
+            for future, _ in waiting:
+                future.cancel()
+            budget.cancel()
+            self._web.close()
+            pool.shutdown()
+
+    def fetch(self, item: Input, lease: Lease | None = None) -> Fetched:
+        """One input. Faults of the input are returned; faults of the storage are raised.
+
+        Args:
+            lease: holds the bytes of the media while they are in memory.
+
+        Raises:
+            Cancelled: nobody waits for it any more.
+        """
+        lease = lease or ByteBudget(self._max_bytes).lease(0)
+        try:
+            if item.problem is not None:
+                raise BadData(item.problem, public_address(item.address))
+            return self._fetch(item, lease)
         except BadData as fault:
+            lease.reserve(0)
             return Fetched(item, fault=fault)
+
+    def _fetch(self, item: Input, lease: Lease) -> Fetched:
+        if item.size is not None:
+            if item.size > self._max_bytes:
+                raise BadData("too-many-bytes", f"{item.size}, more than {self._max_bytes}")
+            lease.reserve(item.size)
+        if item.row is not None:
+            assert self._rows is not None, "only Hugging Face sources list rows"
+            media = self._rows.read(item.row, self._max_bytes)
+            lease.reserve(len(media))
+            return Fetched(item, media=media)
+        if item.container is not None:
+            return self._members(item)
+        sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
+        if item.address.startswith(("http://", "https://")):
+            return Fetched(item, media=self._web.download(item.address, lease), sidecar=sidecar)
+        return Fetched(item, media=self._file(item.address, item.size, lease), sidecar=sidecar)
 
     def _sidecar(self, path: str) -> bytes:
         try:
-            return _whole(self._base, path, MAX_SIDECAR_BYTES)
+            with _reading(path):
+                data = self._base.read_bytes(path, 0, MAX_SIDECAR_BYTES + 1)
         except FileNotFoundError:
             raise BadData("caption-missing", f"no {path} beside the media file") from None
+        if len(data) > MAX_SIDECAR_BYTES:
+            raise BadData("too-many-bytes", f"{path}: more than {MAX_SIDECAR_BYTES}")
+        return data
 
-    def _media(self, address: str) -> bytes:
-        if address.startswith(("http://", "https://")):
-            return self._download(address)
+    def _file(self, address: str, size: int | None, lease: Lease) -> bytes:
+        storage, path = self._located(address)
         try:
-            storage, path = self._located(address)
-        except UserError as error:
-            raise BadData("bad-address", str(error)) from None
-        try:
-            return _whole(storage, path, self._max_bytes)
+            with _reading(path):
+                if size is not None:
+                    # One byte more would show that the file has grown since it was listed.
+                    data = storage.read_bytes(path, 0, size + 1)
+                else:
+                    data = self._unsized(storage, path, lease)
         except FileNotFoundError:
-            raise BadData("missing-file", address) from None
+            raise BadData("missing-file", public_address(address)) from None
+        if size is not None and len(data) != size:
+            raise BadData("size-mismatch", f"{public_address(address)} had {size} bytes when it was listed")
+        return data
+
+    def _unsized(self, storage: Storage, path: str, lease: Lease) -> bytes:
+        """A file of unknown size: most end in the first block, so that they cost one request."""
+        lease.reserve(min(_BLOCK, self._max_bytes))
+        data = storage.read_bytes(path, 0, min(_BLOCK, self._max_bytes + 1))
+        if len(data) == _BLOCK:
+            size = storage.size(path)
+            if size > self._max_bytes:
+                raise BadData("too-many-bytes", f"{path}: {size}, more than {self._max_bytes}")
+            lease.reserve(size)
+            data += storage.read_bytes(path, _BLOCK, size - _BLOCK)
+        if len(data) > self._max_bytes:
+            raise BadData("too-many-bytes", f"{path}: more than {self._max_bytes}")
+        lease.reserve(len(data))
+        return data
+
+    def _members(self, item: Input) -> Fetched:
+        assert item.container is not None
+        assert item.offset is not None
+        assert item.size is not None
+        storage, path = self._located(item.container)
+        for text in item.texts:
+            if text["size"] > MAX_SIDECAR_BYTES:
+                raise BadData("too-many-bytes", f"{text['name']}: more than {MAX_SIDECAR_BYTES}")
+        if not item.texts:
+            raise BadData("caption-missing", f"{item.address} has no text or JSON member")
+        media = Member(name=item.address, offset=item.offset, size=item.size)
+        data = self._ranges(storage, path, [media, *item.texts])
+        captions: list[str] = []
+        not_text = 0
+        for text, read in zip(item.texts, data[1:], strict=True):
+            texts, others = member_captions(text["name"], read, self._caption_field)
+            captions += texts
+            not_text += others
+        return Fetched(replace(item, captions=captions, not_text=not_text), media=data[0])
+
+    def _ranges(self, storage: Storage, path: str, members: list[Member]) -> list[bytes]:
+        """The data of members of one tar, with one request for those that lie together."""
+        found: dict[int, bytes] = {}
+        group: list[Member] = []
+        for member in sorted(members, key=lambda member: member["offset"]):
+            if group and member["offset"] > group[-1]["offset"] + group[-1]["size"] + _GAP:
+                found |= _read_group(storage, path, group)
+                group = []
+            group.append(member)
+        found |= _read_group(storage, path, group)
+        return [found[member["offset"]] for member in members]
 
     def _located(self, address: str) -> tuple[Storage, str]:
         """The storage and the path in it. One Storage a bucket, so that its connections are shared."""
-        if ".." in address.split("/") or "\0" in address:
-            raise UserError(f"the path {address!r} holds '..'")
-        if "://" not in address and not address.startswith("/"):
-            return self._base, address
-        scheme, _, rest = address.rpartition("://") if "://" in address else ("file", "", address)
-        if scheme == "s3":
-            bucket, _, path = rest.partition("/")
-            root = f"s3://{bucket}"
-        elif scheme == "file":
-            path = rest.partition("/")[2]
-            root, path = "file:///", unquote(path) if "://" in address else path
-        else:
-            raise UserError(f"cannot open {scheme}:// addresses: {public_address(address)}")
-        if root not in self._roots:
-            self._roots[root] = self._base.resolve(root)
-        return self._roots[root], path
-
-    def _download(self, url: str) -> bytes:
-        """The body of an http(s) url; transient faults are tried again."""
-        for attempt in range(1, self._config.attempts + 1):
-            try:
-                return self._body(url)
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code in (404, 410):
-                    raise BadData("missing-file", f"{public_address(url)}: HTTP {error.code}") from None
-                fault = f"HTTP {error.code}"
-                if error.code < 500 and error.code not in (408, 425, 429):
-                    break
-            except (
-                OSError,
-                ValueError,
-                EOFError,
-            ) as error:  # URLError, time-outs, cut bodies, broken headers
-                fault = str(getattr(error, "reason", "") or error) or type(error).__name__
-            except http.client.HTTPException as error:  # no OSError, e.g. IncompleteRead, BadStatusLine
-                fault = type(error).__name__
-            if attempt < self._config.attempts:
-                time.sleep(min(0.5 * 2**attempt, 5))
-        raise BadData("fetch-failed", f"{public_address(url)}: {fault}")
-
-    def _body(self, url: str) -> bytes:
-        deadline = time.monotonic() + 3 * self._config.timeout_s
-        request = urllib.request.Request(url, headers={"User-Agent": "glscl-pipeline"})
-        blocks, size = [], 0
-        with self._opener.open(request, timeout=self._config.timeout_s) as response:
-            announced = response.headers.get("Content-Length", "")
-            expected = int(announced) if announced.isdigit() else None
-            while block := response.read1(_BLOCK):
-                blocks.append(block)
-                size += len(block)
-                if size > self._max_bytes:
-                    raise BadData("too-many-bytes", f"{public_address(url)}: more than {self._max_bytes}")
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the server is too slow")
-        if expected is not None and size < expected:
-            raise EOFError(f"the body ended at byte {size} of {expected}")
-        return b"".join(blocks)
+        try:
+            if ".." in address.split("/") or "\0" in address:
+                raise UserError(f"the path {address!r} holds '..'")
+            if "://" not in address and not address.startswith("/"):
+                return self._base, address
+            scheme, _, rest = address.rpartition("://") if "://" in address else ("file", "", address)
+            if scheme == "s3":
+                bucket, _, path = rest.partition("/")
+                root = f"s3://{bucket}"
+            elif scheme == "file":
+                path = rest.partition("/")[2]
+                root, path = "file:///", unquote(path) if "://" in address else path
+            else:
+                raise UserError(f"cannot open {scheme}:// addresses: {public_address(address)}")
+            if root not in self._roots:
+                self._roots[root] = self._base.resolve(root)
+            return self._roots[root], path
+        except UserError as error:
+            raise BadData("bad-address", str(error)) from None
 
 
-def _whole(storage: Storage, path: str, limit: int) -> bytes:
-    """A stored file of at most ``limit`` bytes."""
+def _first(waiting: deque[tuple[Future[Fetched], Lease]]) -> Iterator[Fetched]:
+    """The first result; its bytes count as held until the next one is asked for."""
+    future, lease = waiting.popleft()
+    yield future.result()
+    lease.release()
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        data = storage.read_bytes(path, 0, limit + 1)
+        yield
     except (PermissionError, IsADirectoryError) as error:
         raise BadData("unreadable-file", f"{path}: {error.strerror}") from None
-    if len(data) > limit:
-        raise BadData("too-many-bytes", f"{path}: more than {limit}")
-    return data
 
 
-def _ordered(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
-) -> Iterator[R]:
-    """``map`` over a pool with at most ``window`` results waiting."""
-    waiting: deque[Future[R]] = deque()
+def _read_group(storage: Storage, path: str, group: list[Member]) -> dict[int, bytes]:
+    start = group[0]["offset"]
+    end = max(member["offset"] + member["size"] for member in group)
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def public_address(address: str) -> str:
-    """The address as it may be recorded and shown: no user name, password or signature."""
-    if "://" not in address:
-        return address
-    parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2]
-    query = parts.query
-    if any(key.lower().startswith(_SECRETS) for key, _ in parse_qsl(query)):
-        pairs = parse_qsl(query, keep_blank_values=True)
-        query = urlencode([(key, value) for key, value in pairs if not key.lower().startswith(_SECRETS)])
-    return urlunsplit((parts.scheme, host, parts.path, query, ""))
+        with _reading(path):
+            data = storage.read_bytes(path, start, end - start)
+    except FileNotFoundError:
+        raise BadData("missing-file", path) from None
+    if len(data) < end - start:
+        raise BadData(
+            "size-mismatch", f"{path} ended at byte {start + len(data)}: it had more when it was listed"
+        )
+    if len(group) == 1:
+        return {start: data}
+    return {
+        member["offset"]: data[member["offset"] - start : member["offset"] - start + member["size"]]
+        for member in group
+    }

@@ -6,10 +6,10 @@ import json
 import posixpath
 from collections.abc import Iterator
 
-from sharding.config import FolderSource
 from sharding.errors import BadData, UserError
 from sharding.manifest import Modality
 from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Hasher, Input, feed, texts_of
+from sharding.sources.config import FolderSource
 from sharding.storage import Storage
 
 
@@ -37,7 +37,7 @@ class FolderListing:
             elif suffix.lower() in self._suffixes:
                 feed(hasher, path, size)
                 found = True
-                yield Input(address=path, sidecar=stem + self._config.captions)
+                yield Input(address=path, sidecar=stem + self._config.captions, size=size)
         if not found:
             raise UserError(
                 f"empty corpus: no {self._modality} files ({' '.join(self._suffixes)}) below {self._root.url}"

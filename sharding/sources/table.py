@@ -1,4 +1,4 @@
-"""Rows of JSONL, Parquet or CSV tables that name media by path or url."""
+"""Rows of JSONL, Parquet, CSV or TSV tables that name media by path or url."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import json
 import posixpath
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import unquote
 
-from sharding.config import TableSource
 from sharding.errors import UserError
-from sharding.sources.base import Hasher, Input, feed, texts_of
+from sharding.sources.base import Hasher, Input, feed, folder_and_name, texts_of
+from sharding.sources.config import TableSource
 from sharding.storage import Storage
 
-_SUFFIXES = (".jsonl", ".parquet", ".csv")
+_TEXT_SUFFIXES = (".csv", ".tsv")
+_SUFFIXES = (".jsonl", ".parquet", *_TEXT_SUFFIXES)
 # A row of captions and an address is far smaller; a file without line ends must not fill the memory.
 _LONGEST_LINE = 16 << 20
 _ROWS_AT_ONCE = 1024
@@ -31,9 +31,7 @@ class TableListing:
         self._config = config
         folder, self._file = config.path, ""
         if config.path.lower().endswith(_SUFFIXES):
-            folder, _, self._file = config.path.rpartition("/")
-            # A file:// url is percent-encoded; paths within a storage are not.
-            self._file = unquote(self._file) if config.path.startswith("file://") else self._file
+            folder, self._file = folder_and_name(config.path)
         self._root = storage.resolve(folder)
         self._needed = [config.media_column, *config.caption_columns, *config.where]
 
@@ -74,9 +72,13 @@ class TableListing:
 
     def _rows(self, path: str) -> _Rows:
         url = self._root.url_of(path)
-        if path.lower().endswith(".parquet"):
-            return self._parquet_rows(path, url)
-        return self._csv_rows(path, url) if path.lower().endswith(".csv") else self._json_rows(path, url)
+        if path.lower().endswith(_TEXT_SUFFIXES):
+            return self._text_rows(path, url)
+        if self._config.columns is not None:
+            raise UserError(f"source.columns is for .csv and .tsv tables; {url} names its columns itself")
+        return (
+            self._parquet_rows(path, url) if path.lower().endswith(".parquet") else self._json_rows(path, url)
+        )
 
     def _columns_exist(self, columns: set[str], url: str) -> None:
         for column in self._needed:
@@ -102,16 +104,24 @@ class TableListing:
                     number += 1
                     yield number, row
 
-    def _csv_rows(self, path: str, url: str) -> _Rows:
+    def _text_rows(self, path: str, url: str) -> _Rows:
+        tabs = path.lower().endswith(".tsv")
         with self._root.open(path) as stream:
-            reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            reader: csv.DictReader[str] = csv.DictReader(
+                io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""),
+                fieldnames=self._config.columns,
+                delimiter="\t" if tabs else ",",
+                # In tab-separated values a quotation mark is a character like any other.
+                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+            )
             try:
                 self._columns_exist(set(reader.fieldnames or ()), url)
                 for row in reader:
                     # A row that is too short has None in its last cells, a too long one has the key None.
                     yield reader.line_num, None if None in row else row
             except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{url} is not a CSV table in UTF-8: {error}") from None
+                kind = "TSV" if tabs else "CSV"
+                raise UserError(f"{url} is not a {kind} table in UTF-8: {error}") from None
 
     def _json_rows(self, path: str, url: str) -> _Rows:
         columns: set[str] = set()

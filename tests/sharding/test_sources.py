@@ -1,38 +1,24 @@
-"""Promises of the sources: what is listed in which order, what a fetch refuses, and that nothing hangs."""
+"""Promises of the sources of folders and tables: what is listed, in which order, and under which digest."""
 
-import contextlib
-import hashlib
-import http.server
 import json
-import threading
-import time
 import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sharding.config import FetchConfig, PrepareConfig
+from sharding.config import PrepareConfig
 from sharding.errors import UserError
 from sharding.plan import make_plan, read_inputs, survey
 from sharding.sources import Input, open_source
-from sharding.sources.fetch import Fetcher, public_address
 from sharding.sources.folder import parse_sidecar
 from sharding.storage import open_storage
-
-
-def _source(path, storage=None, modality="image", **source):
-    config = PrepareConfig.model_validate({"source": {"path": str(path), **source}, "modality": modality})
-    return open_source(config, storage or open_storage(path if path.is_dir() else path.parent))
+from tests.sharding.listings import listed as _list
+from tests.sharding.listings import source as _source
 
 
 def _table(path, **source):
     return _source(path, **({"kind": "table", "path_column": "file", "caption_column": "text"} | source))
-
-
-def _list(source) -> tuple[list[Input], str]:
-    hasher = hashlib.sha256()
-    return list(source.inputs(hasher)), hasher.hexdigest()
 
 
 def test_a_folder_lists_its_media_by_path_with_their_sidecars(tmp_path):
@@ -248,112 +234,76 @@ def test_sidecars_are_lines_or_json(data, suffix, expected):
     assert parse_sidecar(data, suffix) == expected
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    tries = 0
-
-    def do_GET(self):
-        if self.path == "/flaky":
-            type(self).tries += 1
-            if type(self).tries == 1:
-                self.send_error(503)
-                return
-        if self.path == "/stall":
-            time.sleep(3)
-        if self.path in ("/missing", "/forbidden"):
-            self.send_error(404 if self.path == "/missing" else 403)
-            return
-        if self.path == "/to-file":
-            self.send_response(302)
-            self.send_header("Location", "file:///etc/hostname")
-            self.end_headers()
-            return
-        if self.path == "/moved":
-            self.send_response(302)
-            self.send_header("Location", "/ok")
-            self.end_headers()
-            return
-        body = b"x" * (5000 if self.path == "/large" else 10)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) + (5 if self.path == "/cut" else 0)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def web(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    _Handler.tries = 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("path", "cause"),
-    [
-        ("/ok", None),
-        ("/moved", None),
-        ("/flaky", None),
-        ("/missing", "missing-file"),
-        ("/forbidden", "fetch-failed"),
-        ("/large", "too-many-bytes"),
-        ("/cut", "fetch-failed"),
-        ("/stall", "fetch-failed"),
-        ("/to-file", "fetch-failed"),
-    ],
-)
-def test_urls_are_fetched_within_limits_of_time_and_size(tmp_path, web, path, cause):
-    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(timeout_s=0.7), max_bytes=1000)
-    fetched = fetcher.fetch(Input(address=web + path, captions=["x"]))
-    assert (fetched.fault.cause if fetched.fault else None) == cause
-    assert fetched.media == (b"" if cause else b"x" * 10)
-
-
-def test_a_server_that_is_not_there_is_a_failed_fetch(tmp_path, web):
-    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(timeout_s=0.5, attempts=1), max_bytes=1000)
-    assert fetcher.fetch(Input(address="http://127.0.0.1:9/x")).fault.cause == "fetch-failed"
-
-
-@pytest.mark.parametrize(
-    ("address", "cause"),
-    [
-        ("here.png", None),
-        ("ABSOLUTE/here.png", None),
-        ("file://ABSOLUTE/here.png", None),
-        ("gone.png", "missing-file"),
-        ("../here.png", "bad-address"),
-        ("ftp://host/a.png", "bad-address"),
-        ("folder", "missing-file"),
-        ("large.png", "too-many-bytes"),
-    ],
-)
-def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):
-    (tmp_path / "here.png").write_bytes(b"x")
-    (tmp_path / "large.png").write_bytes(b"x" * 101)
-    (tmp_path / "folder").mkdir()
-    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(), max_bytes=100)
-    fault = fetcher.fetch(Input(address=address.replace("ABSOLUTE", str(tmp_path)))).fault
-    assert (fault.cause if fault else None) == cause
-
-
-def test_many_are_fetched_in_their_order(tmp_path):
-    for number in range(30):
-        (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
-    fetcher = Fetcher(open_storage(tmp_path), FetchConfig(threads=4), max_bytes=100)
-    inputs = (Input(address=f"{number}.png") for number in range(30))
-    assert [fetched.media for fetched in fetcher.fetch_all(inputs)] == [
-        b"%d" % number for number in range(30)
+def test_webvid_csv_is_a_table_of_urls(tmp_path):
+    (tmp_path / "results_10M_train.csv").write_text(
+        "videoid,contentUrl,duration,page_dir,name\n"
+        '1066674784,https://host/1066674784-preview.mp4,PT00H00M10S,046_047,"Travel, blogger shoot"\n'
+    )
+    inputs, _ = _list(
+        _table(
+            tmp_path / "results_10M_train.csv",
+            path_column=None,
+            url_column="contentUrl",
+            caption_column="name",
+            modality="video",
+        )
+    )
+    assert inputs == [
+        Input(address="https://host/1066674784-preview.mp4", captions=["Travel, blogger shoot"])
     ]
 
 
-def test_recorded_addresses_hold_no_secrets():
-    assert public_address("https://me:pw@host/a.png?id=3") == "https://host/a.png?id=3"
-    assert public_address("https://h/a?X-Amz-Signature=s&id=3&token=t") == "https://h/a?id=3"
-    assert public_address("folder/a?b@c.png") == "folder/a?b@c.png"
+def test_the_url_lists_of_img2dataset_are_tables_in_parts(tmp_path):
+    for part in range(2):
+        rows = [
+            {"URL": f"http://h/{part}{n}.jpg", "TEXT": f"c{n}", "WIDTH": 10, "pwatermark": 0.1}
+            for n in (0, 1)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"part-{part:05d}.parquet")
+    inputs, _ = _list(_table(tmp_path, path_column=None, url_column="URL", caption_column="TEXT"))
+    assert [(item.address, item.captions) for item in inputs] == [
+        (f"http://h/{part}{n}.jpg", [f"c{n}"]) for part in range(2) for n in (0, 1)
+    ]
+
+
+def test_tab_separated_values_have_no_quotes_and_need_no_header(tmp_path):
+    path = tmp_path / "Train_GCC-training.tsv"
+    path.write_bytes(b'a "very typical, bus station\thttp://h/a.jpg\nsierra\thttp://h/b?x=1,2\nalone\n')
+    options = {"path_column": None, "url_column": "url", "caption_column": "caption"}
+    inputs, _ = _list(_table(path, columns=["caption", "url"], **options))
+    assert inputs[:2] == [
+        Input(address="http://h/a.jpg", captions=['a "very typical, bus station']),
+        Input(address="http://h/b?x=1,2", captions=["sierra"]),
+    ]
+    assert inputs[2].problem == "bad-address"
+    path.write_text("url\tcaption\nhttp://h/a.jpg\tx\n")
+    assert _list(_table(path, **options))[0] == [Input(address="http://h/a.jpg", captions=["x"])]
+    (tmp_path / "t.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"source\.columns is for \.csv and \.tsv"):
+        _list(_table(tmp_path / "t.jsonl", columns=["file", "text"]))
+
+
+def test_every_field_of_an_input_is_in_the_plan(tmp_path):
+    item = Input(
+        address="a.tar/k.jpg",
+        captions=["x"],
+        sidecar="s.txt",
+        not_text=2,
+        problem="p",
+        container="a.tar",
+        offset=2**40,
+        size=7,
+        row=2**40,
+        texts=[{"name": "k.txt", "offset": 9, "size": 3}],
+    )
+
+    class One:
+        base = "file:///nowhere"
+
+        def inputs(self, hasher):
+            yield item
+
+    config = PrepareConfig.model_validate({"source": {"kind": "folder", "path": "/x"}, "modality": "image"})
+    dataset = open_storage(tmp_path)
+    make_plan(One(), survey(One(), lambda _: None), config, dataset)
+    assert list(read_inputs(dataset, 0)) == [item]

@@ -1,0 +1,226 @@
+"""Rows of datasets that Hugging Face ``datasets`` opens.
+
+``datasets`` maps Arrow files into memory: a listing reads captions and the lengths of media, and a task the
+media of its own rows, by number. Nothing is decoded by ``datasets``, and no code that comes with a dataset is
+run: its version 5 has no loading scripts any more, and builders other than those below are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from sharding.errors import BadData, StorageFault, UserError
+from sharding.sources.base import Hasher, Input, feed, texts_of
+from sharding.sources.config import HuggingFaceSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BUILDERS = frozenset({"arrow", "csv", "imagefolder", "json", "parquet", "videofolder", "webdataset"})
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
+_ROWS_AT_ONCE = 256
+
+
+class HuggingFaceListing:
+    """All rows of one split, in its order."""
+
+    def __init__(self, config: HuggingFaceSource) -> None:
+        self._config = config
+
+    @property
+    def base(self) -> str:
+        """The folder's url, or ``hf://datasets/NAME@COMMIT``."""
+        if self._config.path is not None:
+            return self._config.path
+        return f"hf://datasets/{self._config.hub}@{self._config.revision}"
+
+    def inputs(self, hasher: Hasher) -> Iterator[Input]:
+        """See ``Source``. Captions, and urls or names and sizes of media, identify the listing."""
+        config = self._config
+        rows = open_dataset(config)
+        media = config.media_column or config.url_column
+        if not len(rows):
+            raise UserError(f"empty corpus: split {config.split} of {self.base} has no rows")
+        columns = list(dict.fromkeys([media, *config.caption_columns]))
+        number = 0
+        for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
+            captions = batch.select(list(dict.fromkeys(config.caption_columns))).to_pylist()
+            found = _urls(batch[media]) if config.url_column else _names_and_sizes(batch[media])
+            for (name, size), row in zip(found, captions, strict=True):
+                item = self._input(number, name, size, row)
+                feed(hasher, name, size, item.captions, item.not_text, item.problem)
+                yield item
+                number += 1
+
+    def _input(self, number: int, name: str | None, size: int | None, row: dict[str, Any]) -> Input:
+        place = f"{self._config.split}/{number}"
+        captions: list[str] = []
+        not_text = 0
+        for column in self._config.caption_columns:
+            texts, others = texts_of(row[column])
+            captions += texts
+            not_text += others
+        if self._config.url_column is None:
+            if name is None and size is None:
+                return Input(address=place, problem="media-missing")
+            return Input(address=place, captions=captions, not_text=not_text, size=size, row=number)
+        if name is None or "://" not in name or texts_of(name)[1]:
+            return Input(address=place, problem="bad-address")
+        return Input(address=name.strip(), captions=captions, not_text=not_text)
+
+
+class MediaRows:
+    """The media of rows, by number; the dataset is opened once in a process."""
+
+    def __init__(self, config: HuggingFaceSource) -> None:
+        self._config = config
+
+    def read(self, row: int, limit: int) -> bytes:
+        """The undecoded media of one row.
+
+        Raises:
+            BadData: ``missing-file``, ``bad-address`` (a path outside the dataset), ``too-many-bytes``.
+        """
+        cell = _media_rows(self._config.model_dump_json())[row][self._config.media_column]
+        data, path = (cell, None) if isinstance(cell, bytes) else (cell["bytes"], cell["path"])
+        place = f"{self._config.split}/{row}"
+        if data is None and path is None:
+            raise BadData("media-missing", place)
+        if data is None:
+            data = self._file(place, path, limit)
+        if len(data) > limit:
+            raise BadData("too-many-bytes", f"{place}: more than {limit}")
+        return bytes(data)
+
+    def _file(self, place: str, path: Any, limit: int) -> bytes:
+        from datasets import config as library
+
+        file = Path(path)
+        roots = [Path(library.HF_CACHE_HOME), Path(library.HF_DATASETS_CACHE)]
+        if self._config.path is not None:
+            roots.append(_folder(self._config.path))
+        # Anyone may have written the row: it must not name other files of this machine.
+        if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
+            raise BadData("bad-address", f"{place} names {path}, which is outside the dataset")
+        try:
+            with file.open("rb") as stream:
+                return stream.read(limit + 1)
+        except FileNotFoundError:
+            raise BadData("missing-file", f"{place}: {path}") from None
+        except OSError as error:
+            raise BadData("unreadable-file", f"{place}: {path}: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _media_rows(configuration: str) -> Dataset:
+    config = HuggingFaceSource.model_validate_json(configuration)
+    return open_dataset(config).select_columns([config.media_column])
+
+
+def open_dataset(config: HuggingFaceSource) -> Dataset:
+    """The split, with its media column undecoded.
+
+    Raises:
+        UserError: there is no such dataset, split or column, or its kind is none that runs no code.
+        StorageFault: the hub cannot be reached.
+    """
+    import datasets
+
+    try:
+        rows = _load(config)
+    except ConnectionError as error:
+        raise StorageFault(f"{config.hub or config.path}: {_line(error)}") from None
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise UserError(f"cannot open {config.hub or config.path}: {_line(error)}") from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UserError(
+            f"{config.hub or config.path} comes with code, which is not run: {_line(error)}"
+        ) from None
+    _check_columns(rows, config)
+    feature = rows.features.get(config.media_column)
+    if isinstance(feature, datasets.Image | datasets.Video):
+        rows = rows.cast_column(config.media_column, type(feature)(decode=False))
+    return rows
+
+
+def _load(config: HuggingFaceSource) -> Dataset:
+    import datasets
+
+    folder = None if config.path is None else _folder(config.path)
+    if folder is not None and any((folder / name).is_file() for name in _SAVED):
+        found = datasets.load_from_disk(str(folder))
+        if isinstance(found, datasets.Dataset):
+            return found
+        if config.split not in found:
+            raise ValueError(f"no split {config.split!r}; it has {', '.join(found)}")
+        return found[config.split]
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError("no such folder")
+    if config.hub is not None and Path(config.hub).exists():
+        # datasets would take it for what is asked for, at whatever state it is.
+        raise ValueError(
+            f"{Path(config.hub).absolute()} has the name of the hub's dataset: use source.path for it"
+        )
+    builder = datasets.load_dataset_builder(
+        str(folder or config.hub), name=config.subset, revision=config.revision
+    )
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _BUILDERS:
+        raise ValueError(f"its files are of kind {kind}; supported are {', '.join(sorted(_BUILDERS))}")
+    builder.download_and_prepare()
+    return builder.as_dataset(split=config.split)
+
+
+def _check_columns(rows: Dataset, config: HuggingFaceSource) -> None:
+    import datasets
+
+    for column in filter(None, (config.media_column, config.url_column, *config.caption_columns)):
+        if column not in rows.features:
+            raise UserError(
+                f"{config.hub or config.path} has no column {column!r}; it has {', '.join(sorted(rows.features))}"
+            )
+    if config.media_column is None:
+        return
+    feature = rows.features[config.media_column]
+    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    if not binary and not isinstance(feature, datasets.Image | datasets.Video):
+        raise UserError(
+            f"column {config.media_column!r} of {config.hub or config.path} holds {feature}, not images, "
+            "videos or binary: is it a url_column?"
+        )
+
+
+def _names_and_sizes(column: Any) -> Iterator[tuple[str | None, int | None]]:
+    """(base name, bytes) of each cell; reads the lengths, not the media."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_struct(column.type):
+        yield from ((None, size) for size in pc.binary_length(column).to_pylist())
+        return
+    sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+    for size, path in zip(sizes, pc.struct_field(column, "path").to_pylist(), strict=True):
+        if size is None and path is not None:
+            # The size of a file; a missing one is the task's to find.
+            file = Path(path)
+            size = file.stat().st_size if file.is_file() else None
+        yield None if path is None else Path(path).name, size
+
+
+def _urls(column: Any) -> Iterator[tuple[str | None, None]]:
+    for url in column.to_pylist():
+        yield url if isinstance(url, str) else None, None
+
+
+def _folder(url: str) -> Path:
+    return Path(unquote(urlsplit(url).path))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,326 @@
+"""Samples in WebDataset tars: which members make a sample, and where in the tar they lie.
+
+::
+
+    000000.tar:  dog.jpg  dog.txt  cat.jpg  dog.json  cat.0.txt ...
+    -> Input(000000.tar/dog.jpg, offset, size, texts=[dog.txt, dog.json]), Input(000000.tar/cat.jpg, ...)
+
+Listing walks the headers; members are read in the tasks, by range. The headers of one tar at a time are in
+memory, so that members of a key need not be neighbours. Tars are read to their end-of-archive mark: one that
+ends before it, wherever the cut is, is told from a whole one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from braceexpand import braceexpand
+
+from sharding.errors import UserError
+from sharding.manifest import Modality
+from sharding.sources.base import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Hasher,
+    Input,
+    Member,
+    feed,
+    folder_and_name,
+    texts_of,
+)
+from sharding.sources.config import WebDatasetSource, split_pattern
+from sharding.storage import Storage
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# The headers of one tar are held: about 0.5 KB each.
+MOST_MEMBERS = 1_000_000
+_HEADER = 512
+_SMALL, _LARGE = 64 << 10, 8 << 20
+# WebDataset's own rule: the key ends at the first dot of the base name.
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+
+
+class Truncated(Exception):
+    """A tar that ends before its end-of-archive mark, or is no tar from an offset on."""
+
+    def __init__(self, offset: int, why: str) -> None:
+        super().__init__(offset, why)
+        self.offset = offset
+        self.why = why
+
+
+class TarMember(NamedTuple):
+    """What a tar holds: ``offset`` of its data. A link or sparse file is not ``regular``: it has no data here."""
+
+    name: str
+    offset: int
+    size: int
+    regular: bool
+
+
+class WebDatasetListing:
+    """The samples of tars, tar by tar, in the order in which their keys first appear."""
+
+    def __init__(self, config: WebDatasetSource, modality: Modality, storage: Storage) -> None:
+        self._config = config
+        self._suffixes = IMAGE_SUFFIXES if modality == "image" else VIDEO_SUFFIXES
+        self._modality = modality
+        self._tars = [_TarPattern(path, storage) for path in config.paths]
+        self._root = self._tars[0].root
+
+    @property
+    def base(self) -> str:
+        return self._root.url
+
+    def inputs(self, hasher: Hasher) -> Iterator[Input]:
+        """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
+        found = False
+        for pattern in self._tars:
+            for path in pattern.files():
+                for item in self._tar(pattern.root, path, hasher):
+                    found = True
+                    yield item
+        if not found:
+            raise UserError(f"empty corpus: the tars of {self._root.url} hold no samples")
+
+    def _tar(self, root: Storage, path: str, hasher: Hasher) -> Iterator[Input]:
+        url = root.url_of(path)
+        container = path if root == self._root else url
+        try:
+            size = root.size(path)
+        except FileNotFoundError:
+            raise UserError(f"no such tar: {url}") from None
+        feed(hasher, path, size)
+        groups: dict[str, list[TarMember]] = {}
+        last: str | None = None
+        cut: Truncated | None = None
+        try:
+            for number, member in enumerate(walk_tar(root, path, size)):
+                if number == MOST_MEMBERS:
+                    raise UserError(f"{url} has more than {MOST_MEMBERS} members: cut it into smaller tars")
+                parts = _NAME.fullmatch(member.name)
+                if parts is not None:
+                    last = parts[1]
+                    groups.setdefault(last, []).extend([member] if member.regular else [])
+        except Truncated as error:
+            if self._config.truncated == "error":
+                raise UserError(
+                    f"{url} is cut off or broken at byte {error.offset} of {size}: {error.why} "
+                    "(source.truncated: count keeps what is before)"
+                ) from None
+            cut = error
+        for key, members in groups.items():
+            if cut is not None and key == last:
+                continue  # the cut may have taken members of it
+            item = self._input(container, key, members)
+            feed(hasher, item.address, item.offset, item.size, item.texts, item.problem)
+            yield item
+        if cut is not None:
+            feed(hasher, "cut", cut.offset)
+            yield Input(address=f"{container}: byte {cut.offset}", problem="truncated-tar")
+
+    def _input(self, container: str, key: str, members: list[TarMember]) -> Input:
+        address = f"{container}/{_printable(key)}"
+        names = [member.name for member in members]
+        if len(set(names)) < len(names):
+            return Input(address=address, problem="repeated-member")
+        media = self._media(key, members)
+        if len(media) != 1:
+            return Input(address=address, problem="several-media" if media else "media-missing")
+        texts = sorted(
+            (member for member in members if self._is_text(key, member)),
+            key=lambda member: _natural(member.name),
+        )
+        return Input(
+            address=f"{container}/{_printable(media[0].name)}",
+            container=container,
+            offset=media[0].offset,
+            size=media[0].size,
+            texts=[Member(name=_printable(text.name), offset=text.offset, size=text.size) for text in texts],
+        )
+
+    def _media(self, key: str, members: list[TarMember]) -> list[TarMember]:
+        if self._config.media is None:
+            return [
+                member for member in members if posixpath.splitext(member.name)[1].lower() in self._suffixes
+            ]
+        for extension in self._config.media:
+            found = [member for member in members if member.name[len(key) + 1 :].lower() == extension]
+            if found:
+                return found
+        return []
+
+    def _is_text(self, key: str, member: TarMember) -> bool:
+        extension = member.name[len(key) + 1 :].lower()
+        return extension == "json" or extension.rpartition(".")[2] in self._config.text
+
+
+class _TarPattern:
+    """One entry of ``path``: a tar, the tars of a folder, or a brace pattern of tars."""
+
+    def __init__(self, path: str, storage: Storage) -> None:
+        self._pattern = ""
+        if "{" in path:
+            path, self._pattern = split_pattern(path)
+        elif path.lower().endswith(".tar"):
+            path, name = folder_and_name(path)
+            self._pattern = braceless(name)
+        self.root = storage.resolve(path)
+
+    def files(self) -> Iterator[str]:
+        """Paths below ``root``, streamed."""
+        if self._pattern:
+            try:
+                yield from braceexpand(self._pattern)
+            except ValueError as error:
+                raise UserError(f"source.path {self._pattern!r}: {error}") from None
+            return
+        self.root.check(write=False)
+        found = False
+        for path, _ in self.root.list():
+            if path.lower().endswith(".tar"):
+                found = True
+                yield path
+            elif path.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")):
+                raise UserError(
+                    f"{self.root.url_of(path)} is compressed: members are read by range, unpack it"
+                )
+        if not found:
+            raise UserError(f"no .tar files below {self.root.url}")
+
+
+def braceless(name: str) -> str:
+    """A file's name as a pattern that stands for it alone."""
+    return re.sub(r"([\\{},])", r"\\\1", name)
+
+
+def walk_tar(storage: Storage, path: str, size: int) -> Iterator[TarMember]:
+    """The regular files of a tar, from its headers.
+
+    Raises:
+        Truncated: after the last whole member, when the tar does not end with its end-of-archive mark.
+    """
+    reader = _HeaderReader(storage, path, size)
+    try:
+        tar = tarfile.open(fileobj=reader, mode="r:")  # noqa: SIM115 - closed below
+    except tarfile.ReadError as error:
+        raise Truncated(0, str(error) if size else "the file is empty") from None
+    with tar:
+        while True:
+            start = tar.offset
+            try:
+                member = tar.next()
+            except (tarfile.TarError, OverflowError, ValueError) as error:
+                raise Truncated(start, str(error)) from None
+            if member is None:
+                break
+            # tarfile keeps all members; one that is never asked for again would fill the memory.
+            tar.members = []  # type: ignore[attr-defined]
+            if member.offset_data + member.size > size:
+                raise Truncated(
+                    member.offset, f"{_printable(member.name)} needs {member.offset_data + member.size} bytes"
+                )
+            if not member.isdir():
+                regular = member.isreg() and not member.issparse()
+                yield TarMember(member.name.removeprefix("./"), member.offset_data, member.size, regular)
+        _check_end(reader, tar.offset, size)
+
+
+def _check_end(reader: _HeaderReader, offset: int, size: int) -> None:
+    """tarfile takes a broken header, and the end of the file, for the end of the archive."""
+    reader.seek(offset)
+    if offset + _HEADER > size:
+        raise Truncated(offset, "the end-of-archive mark is missing")
+    while offset < size:
+        block = reader.read(min(_LARGE, size - offset))
+        if not block or block.count(0) < len(block):
+            raise Truncated(offset, "neither a member nor the end of the archive")
+        offset += len(block)
+
+
+class _HeaderReader(io.RawIOBase):
+    """Reads of a few bytes here and there, forward. What one request asks for follows the members: of small
+    ones many lie in it, and of large ones little is read that is not a header.
+    """
+
+    def __init__(self, storage: Storage, path: str, size: int) -> None:
+        self._storage, self._path, self._size = storage, path, size
+        self._remote = storage.local_path(path) is None
+        self._block, self._start = b"", 0
+        self._position = 0
+        self._jumps = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        self._jumps += 1
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), self._size - self._position))
+        if length == 0:
+            return 0
+        begin = self._position - self._start
+        if not 0 <= begin <= len(self._block) - length:
+            self._start, begin = self._position, 0
+            wanted = min(max(length, self._window()), self._size - self._position)
+            self._block = self._storage.read_bytes(self._path, self._position, wanted)
+            if len(self._block) < length:
+                raise Truncated(self._position, "the file became shorter while it was read")
+        view[:length] = self._block[begin : begin + length]
+        self._position += length
+        return length
+
+    def _window(self) -> int:
+        mean = self._position / max(1, self._jumps)
+        return _LARGE if self._remote and mean < _SMALL else _SMALL
+
+
+def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str], int]:
+    """(captions, how many items are no text) of a text or JSON member; one that is neither is such an item.
+
+    Args:
+        field: of JSON: what holds the captions (``a.b``: b inside a); None: ``captions``, else ``caption``.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        value = json.loads(text) if name.lower().endswith(".json") else None
+    except (ValueError, RecursionError):  # also UnicodeDecodeError
+        return [], 1
+    if not name.lower().endswith(".json"):
+        return [line for line in text.splitlines() if line.strip()], 0
+    if not isinstance(value, dict):
+        return [], 1
+    if field is None:
+        return texts_of(value.get("captions") or value.get("caption"))
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return texts_of(value)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts KEY.10.txt after KEY.9.txt."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _printable(name: str) -> str:
+    # tarfile gives bytes that are no UTF-8 as half surrogates, which no record can hold.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
