@@ -12,5 +12,5 @@ __all__ = ["Input", "Source", "open_source"]
 def open_source(config: PrepareConfig, storage: Storage) -> Source:
     """The configured source; ``storage`` lends its S3 options, not its place."""
     if isinstance(config.source, FolderSource):
-        return FolderListing(config.source, config.modality, storage)
+        return FolderListing(config.source, config.input_modality, storage)
     return TableListing(config.source, storage)
