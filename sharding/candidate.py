@@ -1,65 +1,173 @@
-"""One input on its way into a shard: captions, filters, encoding. Pure: bytes in, a sample or a cause out."""
+"""One input on its way into a shard: captions, filters, encoding. Pure: bytes in, samples or a cause out.
+
+Captions and filters are asked here; whatever touches the bytes of media happens in the decoding process
+(``sharding.guard``).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from sharding.config import PrepareConfig
 from sharding.errors import BadData
 from sharding.filters import CaptionFilter, Filters, MediaFilter, build_filters
-from sharding.media import Encoded, MediaInfo, encode_image, probe_image, probe_video
+from sharding.guard import Guard, Job, Part, shared_guard
+from sharding.media.info import Encoded, MediaInfo
+from sharding.sources.base import Input
 from sharding.sources.fetch import Fetched, public_address
 from sharding.sources.folder import parse_sidecar
-from sharding.transcode import ClipLimits, transcode_video
+
+# Inputs at the decoding process at once: enough that it never waits for this one, few enough to hold in memory.
+_IN_FLIGHT = 6
+_BYTES_IN_FLIGHT = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sample that passed every filter but the one of duplicates; ``captions_dropped`` counts by cause."""
+    """A sample that passed every filter but the one of duplicates.
+
+    Args:
+        sha256: of the input's bytes; where an input gives several samples, of that and the part, so that equal
+            parts of equal files are equal, and the parts of one file are not.
+        captions_dropped: the input's captions that are left out, by cause.
+        part: which clip or frame of its input it is, counted from 0; ``None`` where an input gives one sample.
+    """
 
     media: Encoded
     captions: list[str]
     sha256: str
     source: str
     captions_dropped: dict[str, int] = field(default_factory=dict)
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one input gives: samples, and why its other parts, if any, were dropped."""
+
+    candidates: list[Candidate]
+    faults: list[BadData] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Parts by the cause of their dropping."""
+        return Counter(fault.cause for fault in self.faults)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An input whose captions passed, at the decoding process."""
+
+    job: Job
+    captions: list[str]
+    captions_dropped: dict[str, int]
+    sha256: str
+    source: str
+    size: int
 
 
 class Examiner:
-    """Makes candidates by one dataset's configuration."""
+    """Makes candidates by one dataset's configuration. The decoding process is kept for the next examiner."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
         self._filters: Filters = build_filters(config)
-        clip = config.clip
-        self._limits = ClipLimits(
-            resize=clip.resize,
-            fps=clip.fps,
-            max_frames=clip.max_frames,
-            max_duration_s=clip.max_duration_s,
-            keyframe_interval=clip.keyframe_interval,
-            crf=clip.crf,
-            max_bytes=int(clip.max_mb * 2**20),
-            max_pixels=clip.max_pixels,
+        self._in_parts = config.gives_parts
+        self._guard: Guard = shared_guard(
+            "sharding.media.worker:MediaDecoder",
+            {
+                "image": config.picture.model_dump(mode="json") if config.modality == "image" else None,
+                "video": config.clip.model_dump(mode="json") if config.modality == "video" else None,
+            },
+            timeout_s=config.decode_timeout,
+            memory_mb=config.decode_memory_mb,
         )
 
-    def examine(self, fetched: Fetched) -> Candidate:
-        """The candidate made of a fetched input. The cheap questions come first: captions, header, pixels.
+    def examine(self, fetched: Fetched) -> Examined:
+        """What a fetched input gives. The cheap questions come first: captions, header, pixels.
 
         Raises:
-            BadData: the input is broken or filtered out; the cause says why.
+            BadData: the whole input is broken or filtered out; the cause says why.
         """
-        if fetched.fault is not None:
-            raise fetched.fault
-        if not fetched.media:
-            raise BadData("decode-failed", "the file is empty")
-        captions, dropped = self._captions(fetched)
-        _ask(self._filters.source, self._probe(fetched.media))
-        encoded = self._encode(fetched.media)
-        _ask(self._filters.stored, encoded.info)
+        ((_, examined),) = self.examine_all([fetched])
+        if isinstance(examined, BadData):
+            raise examined
+        return examined
+
+    def examine_all(self, inputs: Iterable[Fetched]) -> Iterator[tuple[Input, Examined | BadData]]:
+        """``examine`` for many inputs, in their order; a few are decoded ahead while this one is used.
+
+        At most 6 inputs are at the decoding process, and no more than 64 MiB of them (but one, if it is larger).
+        """
+        pending: deque[tuple[Input, _Pending | BadData]] = deque()
+        size = 0
+        try:
+            for fetched in inputs:
+                item = self._begin(fetched)
+                size += _size(item)
+                pending.append((fetched.input, item))
+                while len(pending) > _IN_FLIGHT or (size > _BYTES_IN_FLIGHT and len(pending) > 1):
+                    size -= _size(pending[0][1])
+                    yield self._end(*pending.popleft())
+            while pending:
+                yield self._end(*pending.popleft())
+        finally:
+            if (
+                self._guard.busy
+            ):  # an error, or a caller that stopped: what is on its way is not wanted any more
+                self._guard.close()
+
+    def _begin(self, fetched: Fetched) -> _Pending | BadData:
+        """Ask for what needs no pixels, and send the input to the decoding process."""
+        try:
+            if fetched.fault is not None:
+                raise fetched.fault
+            if not fetched.media:
+                raise BadData("decode-failed", "the file is empty")
+            captions, dropped = self._captions(fetched)
+        except BadData as fault:
+            return fault
+        job = self._guard.submit(fetched.media, self._header_passes)
         digest = hashlib.sha256(fetched.media).hexdigest()
-        return Candidate(encoded, captions, digest, public_address(fetched.input.address), dropped)
+        source = public_address(fetched.input.address)
+        return _Pending(job, captions, dropped, digest, source, len(fetched.media))
+
+    def _header_passes(self, facts: dict[str, Any]) -> None:
+        _ask(self._filters.source, MediaInfo.of(facts))
+
+    def _end(self, item: Input, pending: _Pending | BadData) -> tuple[Input, Examined | BadData]:
+        """Wait for the decoding process, and ask the filters of what is stored."""
+        if isinstance(pending, BadData):
+            return item, pending
+        try:
+            return item, self._examined(pending, self._guard.result(pending.job))
+        except BadData as fault:
+            return item, fault
+
+    def _examined(self, pending: _Pending, parts: list[Part]) -> Examined:
+        candidates: list[Candidate] = []
+        faults: list[BadData] = []
+        for number, (facts, data) in enumerate(parts):
+            try:
+                candidates.append(self._candidate(pending, number, facts, data))
+            except BadData as fault:
+                if not self._in_parts:
+                    raise
+                faults.append(fault)
+        return Examined(candidates, faults)
+
+    def _candidate(self, pending: _Pending, number: int, facts: dict[str, Any], data: bytes) -> Candidate:
+        if "cause" in facts:
+            raise BadData(str(facts["cause"]), str(facts["detail"]))
+        media = Encoded.of(facts, data)
+        _ask(self._filters.stored, media.info)
+        digest, part = pending.sha256, None
+        if self._in_parts:
+            digest, part = hashlib.sha256(f"{digest} {number}".encode()).hexdigest(), number
+        return Candidate(media, pending.captions, digest, pending.source, pending.captions_dropped, part)
 
     def _captions(self, fetched: Fetched) -> tuple[list[str], dict[str, int]]:
         texts, not_text = fetched.input.captions, fetched.input.not_text
@@ -80,23 +188,9 @@ class Examiner:
             raise BadData(cause, f"none of {len(texts) + not_text} captions can be used")
         return kept, dict(sorted(dropped.items()))
 
-    def _probe(self, data: bytes) -> MediaInfo:
-        if self._config.modality == "image":
-            return probe_image(data, self._config.picture.max_pixels)
-        return probe_video(data, self._config.clip.max_pixels)
 
-    def _encode(self, data: bytes) -> Encoded:
-        if self._config.modality == "video":
-            return transcode_video(data, self._limits)
-        picture = self._config.picture
-        return encode_image(
-            data,
-            resize=picture.resize,
-            image_format=picture.format,
-            quality=picture.quality,
-            alpha=picture.alpha,
-            max_pixels=picture.max_pixels,
-        )
+def _size(item: _Pending | BadData) -> int:
+    return item.size if isinstance(item, _Pending) else 0
 
 
 def _failing(filters: list[CaptionFilter], caption: str) -> str | None:

@@ -10,45 +10,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sharding.manifest import Modality, canonical_digest
+from sharding.media.config import ImageConfig, VideoConfig
 from sharding.sources.config import FetchConfig, SourceConfig
 
 # Raised when the way samples are made changes, so that shards of two versions of this program never mix.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ImageConfig(_Block):
-    """How images are stored."""
-
-    resize: int | None = Field(default=None, ge=1, description="shorter side in pixels; never enlarged")
-    format: Literal["webp", "jpg", "png"] = "webp"
-    quality: int = Field(default=85, ge=1, le=100)
-    alpha: Literal["white", "keep"] = "white"
-    max_pixels: int = Field(default=89_478_485, ge=1, description="larger images are dropped undecoded")
-
-    @model_validator(mode="after")
-    def _alpha_format(self) -> ImageConfig:
-        if self.alpha == "keep" and self.format == "jpg":
-            raise ValueError("alpha: keep needs format webp or png, since jpg has no alpha")
-        return self
-
-
-class VideoConfig(_Block):
-    """How clips are stored: H.264 in mp4. Longer clips are cut to their beginning."""
-
-    resize: int | None = Field(default=None, ge=2, description="shorter side in pixels; never enlarged")
-    fps: float | None = Field(default=None, gt=0, le=240, description="at most; default: as it is")
-    max_frames: int = Field(default=900, ge=1)
-    max_duration_s: float = Field(default=60, gt=0)
-    keyframe_interval: int = Field(default=8, ge=1, description="frames; short makes random access cheap")
-    crf: int = Field(default=23, ge=0, le=51, description="x264's quality: 18 is fine, 28 is coarse")
-    max_mb: float = Field(default=32, gt=0, description="larger stored clips are dropped")
-    max_pixels: int = Field(
-        default=89_478_485, ge=4, description="of one frame; larger are dropped undecoded"
-    )
 
 
 class FilterConfig(_Block):
@@ -83,6 +53,13 @@ class PrepareConfig(_Block):
     bad_limit: float = Field(
         default=0.1, ge=0, le=1, description="share of inputs that may be broken or missing; above: abort"
     )
+    decode_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="CPU time for one image, frame or clip; four times as long by the clock; default: "
+        "30 for images, 600 for videos",
+    )
+    decode_memory_mb: float = Field(default=4096, ge=256, description="of the process that decodes")
     task_retries: int = Field(default=3, ge=0, description="of a task whose process crashed")
 
     @model_validator(mode="after")
@@ -92,10 +69,8 @@ class PrepareConfig(_Block):
             raise ValueError(f"the block {other} does not belong to a dataset of modality {self.modality}")
         if self.modality == "video":
             clip = self.clip
-            if clip.max_duration_s < self.filters.min_duration_s or clip.max_frames < self.filters.min_frames:
-                raise ValueError(
-                    "filters ask for longer clips than video.max_duration_s / max_frames lets pass"
-                )
+            if clip.clip_s < self.filters.min_duration_s or clip.max_frames < self.filters.min_frames:
+                raise ValueError("filters ask for longer clips than video.clip_s / max_frames lets pass")
         return self
 
     @property
@@ -108,9 +83,34 @@ class PrepareConfig(_Block):
         """How clips are stored (the defaults where nothing is said)."""
         return self.video or VideoConfig()
 
+    @property
+    def input_modality(self) -> Modality:
+        """What the source holds: videos, where images are taken from them."""
+        return "video" if self.modality == "image" and self.picture.frames is not None else self.modality
+
+    @property
+    def gives_parts(self) -> bool:
+        """Whether an input may give several samples (clips or frames of one video)."""
+        return self.clip.clips == "all" if self.modality == "video" else self.input_modality == "video"
+
+    @property
+    def decode_timeout(self) -> float:
+        """CPU seconds for one header, image, frame or clip."""
+        default = 30.0 if self.input_modality == "image" else 600.0
+        return default if self.decode_timeout_s is None else self.decode_timeout_s
+
     def identity(self) -> dict[str, Any]:
         """The JSON value of all that decides what the dataset holds; the manifest records it."""
-        value = self.model_dump(mode="json", exclude={"fetch", "bad_limit", "task_retries", "image", "video"})
+        aside = {
+            "fetch",
+            "bad_limit",
+            "task_retries",
+            "decode_timeout_s",
+            "decode_memory_mb",
+            "image",
+            "video",
+        }
+        value = self.model_dump(mode="json", exclude=aside)
         encoding = self.picture if self.modality == "image" else self.clip
         value |= {self.modality: encoding.model_dump(mode="json"), "fetch": self.fetch.identity()}
         return value | {"format_version": FORMAT_VERSION}

@@ -31,7 +31,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("duration", pa.float32(), nullable=False),  # seconds, 0 for an image
         pa.field("caption_length", pa.int32(), nullable=False),  # characters of the first caption
         pa.field("captions", pa.int32(), nullable=False),  # how many
-        pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes
+        pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes, and the part
         pa.field("source", pa.string(), nullable=False),  # address the media came from
         pa.field("caption_words", pa.int32()),  # of the first caption, between white space
     ]

@@ -61,14 +61,17 @@ class ShardRecord(BaseModel):
 
 
 class Counts(BaseModel):
-    """What happened to the inputs: ``read == kept + sum(dropped.values())``.
+    """What happened to the samples: ``read == kept + sum(dropped.values())``.
 
+    ``inputs`` counts what was read from the source; ``read`` what that gave, which is more where a video gives
+    several clips or frames (an input that could not be used at all counts as one).
     ``dropped`` counts samples by cause; ``captions_dropped`` the single captions that were left out of
     samples which were kept for the sake of their other captions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    inputs: int = 0
     read: int = 0
     kept: int = 0
     dropped: dict[str, int] = Field(default_factory=dict)
@@ -77,6 +80,7 @@ class Counts(BaseModel):
     def plus(self, other: Counts) -> Counts:
         """The counts of both parts together, causes in alphabetical order."""
         return Counts(
+            inputs=self.inputs + other.inputs,
             read=self.read + other.read,
             kept=self.kept + other.kept,
             dropped=_added(self.dropped, other.dropped),

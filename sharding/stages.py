@@ -37,6 +37,7 @@ from sharding.index import IndexRow, read_index
 from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Plan, read_inputs
 from sharding.sources import open_fetcher
+from sharding.sources.base import Input
 from sharding.sources.fetch import public_address
 from sharding.storage import Storage
 from sharding.writer import ShardWriter, copy_without, publish
@@ -121,25 +122,36 @@ def _write_candidates(work: Work, task: int, writer: ShardWriter) -> tuple[Count
     captions_dropped: Counter[str] = Counter()
     examples: defaultdict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()
-    read = 0
-    for row, fetched in enumerate(fetcher.fetch_all(read_inputs(work.dataset, task))):
-        read += 1
-        try:
-            candidate = examiner.examine(fetched)
-            if candidate.sha256 in seen:
-                raise BadData("duplicate", "the same bytes came before")
-        except BadData as fault:
-            dropped[fault.cause] += 1
-            if len(examples[fault.cause]) < _EXAMPLES:
-                examples[fault.cause].append(f"{public_address(fetched.input.address)}: {fault.detail}")
+    inputs = 0
+
+    def note(fault: BadData, source: Input) -> None:
+        if len(examples[fault.cause]) < _EXAMPLES:
+            examples[fault.cause].append(f"{public_address(source.address)}: {fault.detail}")
+
+    examined_inputs = examiner.examine_all(fetcher.fetch_all(read_inputs(work.dataset, task)))
+    for row, (source, examined) in enumerate(examined_inputs):
+        inputs += 1
+        if isinstance(examined, BadData):
+            dropped[examined.cause] += 1
+            note(examined, source)
             continue
-        if work.config.filters.duplicates == "drop":
-            seen.add(candidate.sha256)
-        captions_dropped.update(candidate.captions_dropped)
-        key = f"{shard_name(task)}-{row:06d}"
-        writer.add(key, candidate.media, candidate.captions, candidate.sha256, candidate.source)
+        dropped.update(examined.dropped)
+        for fault in examined.faults:
+            note(fault, source)
+        for candidate in examined.candidates:
+            if candidate.sha256 in seen:
+                dropped["duplicate"] += 1
+                note(BadData("duplicate", "the same bytes came before"), source)
+                continue
+            if work.config.filters.duplicates == "drop":
+                seen.add(candidate.sha256)
+            captions_dropped.update(candidate.captions_dropped)
+            key = f"{shard_name(task)}-{row:06d}"
+            key = key if candidate.part is None else f"{key}-{candidate.part:04d}"
+            writer.add(key, candidate.media, candidate.captions, candidate.sha256, candidate.source)
     counts = Counts(
-        read=read,
+        inputs=inputs,
+        read=len(writer.rows) + dropped.total(),
         kept=len(writer.rows),
         dropped=dict(sorted(dropped.items())),
         captions_dropped=dict(sorted(captions_dropped.items())),

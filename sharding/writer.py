@@ -16,7 +16,7 @@ from typing import BinaryIO
 from sharding.errors import StorageFault
 from sharding.index import IndexRow, write_index
 from sharding.manifest import ShardRecord
-from sharding.media import Encoded
+from sharding.media.info import Encoded
 from sharding.storage import Storage
 
 _OWNER = "glscl"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from sharding.config import FilterConfig
-from sharding.media import MediaInfo
+from sharding.media.info import MediaInfo
 
 
 class MediaFilter(Protocol):

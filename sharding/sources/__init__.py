@@ -28,7 +28,7 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
     source = config.source
     match source.kind:
         case "folder":
-            return FolderListing(source, config.modality, storage)
+            return FolderListing(source, config.input_modality, storage)
         case "table":
             return TableListing(source, storage)
         case "coco":
@@ -36,7 +36,7 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
         case "karpathy":
             return KarpathyListing(source, storage)
         case "webdataset":
-            return WebDatasetListing(source, config.modality, storage)
+            return WebDatasetListing(source, config.input_modality, storage)
         case "huggingface":
             return HuggingFaceListing(source)
 

@@ -33,7 +33,9 @@ def _png(width: int = 40, height: int = 30) -> bytes:
 
 def _examine(filters: dict, captions=("a caption",), media: bytes | None = None, not_text: int = 0):
     item = Input(address="a.png", captions=list(captions), not_text=not_text)
-    return Examiner(_config(filters=filters)).examine(Fetched(item, media=_png() if media is None else media))
+    fetched = Fetched(item, media=_png() if media is None else media)
+    (candidate,) = Examiner(_config(filters=filters)).examine(fetched).candidates
+    return candidate
 
 
 def _cause(*arguments, **options) -> str:

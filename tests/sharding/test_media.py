@@ -9,7 +9,8 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media import decode_image, decode_video, encode_image, probe_image, probe_video
-from sharding.transcode import ClipLimits, transcode_video
+from sharding.media.config import ImageConfig, VideoConfig
+from sharding.media.transcode import transcode_video
 
 
 def _bytes(image: Image.Image, kind: str, **options) -> bytes:
@@ -113,7 +114,7 @@ def test_a_cut_image_is_bad_data(kind):
     data = _bytes(Image.fromarray(noise), kind)
     for length in (0, 5, 40, len(data) // 2):
         assert _cause(decode_image, data[:length]) == "decode-failed"
-        assert _cause(encode_image, data[:length], resize=16) == "decode-failed"
+        assert _cause(encode_image, data[:length], ImageConfig(resize=16)) == "decode-failed"
 
 
 def test_formats_that_run_programs_are_not_opened():
@@ -123,10 +124,10 @@ def test_formats_that_run_programs_are_not_opened():
 def test_images_are_shrunk_by_the_shorter_side_and_never_enlarged():
     image = Image.new("RGB", (120, 60))
     for kind in ("PNG", "JPEG"):
-        encoded = encode_image(_bytes(image, kind), resize=30)
+        encoded = encode_image(_bytes(image, kind), ImageConfig(resize=30))
         assert (encoded.info.width, encoded.info.height) == (60, 30)
         assert decode_image(encoded.data).shape == (30, 60, 3)
-    assert encode_image(_bytes(image, "PNG"), resize=500).info.width == 120
+    assert encode_image(_bytes(image, "PNG"), ImageConfig(resize=500)).info.width == 120
 
 
 def test_alpha_is_kept_on_demand():
@@ -134,10 +135,10 @@ def test_alpha_is_kept_on_demand():
     pixels[:4] = 255
     data = _bytes(Image.fromarray(pixels), "PNG")
     for kind in ("webp", "png"):
-        kept = encode_image(data, image_format=kind, alpha="keep").data
+        kept = encode_image(data, ImageConfig(format=kind, alpha="keep")).data
         assert Image.open(io.BytesIO(kept)).mode == "RGBA"
         assert decode_image(kept).min() > 250
-        white = encode_image(data, image_format=kind).data
+        white = encode_image(data, ImageConfig(format=kind)).data
         assert Image.open(io.BytesIO(white)).mode == "RGB"
 
 
@@ -145,7 +146,7 @@ def test_alpha_is_kept_on_demand():
 def test_encoding_an_image_twice_gives_the_same_bytes(kind):
     noise = np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)
     data = _bytes(Image.fromarray(noise), "PNG")
-    first, second = (encode_image(data, resize=32, image_format=kind, quality=80) for _ in range(2))
+    first, second = (encode_image(data, ImageConfig(resize=32, format=kind, quality=80)) for _ in range(2))
     assert first == second
     assert first.extension == kind
 
@@ -177,7 +178,7 @@ def test_positions_outside_a_segment_are_the_callers_mistake():
 
 def test_transcoded_clips_are_h264_with_near_keyframes_and_no_sound():
     encoded = transcode_video(
-        _clip(frames=24, gop=250, audio=True), ClipLimits(resize=32, keyframe_interval=6)
+        _clip(frames=24, gop=250, audio=True), VideoConfig(resize=32, keyframe_interval=6)
     )
     assert encoded.info.frames == 24
     assert (encoded.info.width, encoded.info.height) == (38, 32)
@@ -195,54 +196,54 @@ def test_transcoded_clips_are_h264_with_near_keyframes_and_no_sound():
 )
 def test_transcoding_a_clip_again_and_again_gives_the_same_bytes(source):
     data = source()
-    assert len({transcode_video(data, ClipLimits(resize=36)).data for _ in range(6)}) == 1
+    assert len({transcode_video(data, VideoConfig(resize=36)).data for _ in range(6)}) == 1
 
 
 def test_a_clip_that_fits_is_copied_unchanged():
-    once = transcode_video(_animation(), ClipLimits(resize=32))
-    assert transcode_video(once.data, ClipLimits(resize=32)) == once
-    assert transcode_video(once.data, ClipLimits(resize=16)).data != once.data
-    assert transcode_video(once.data, ClipLimits(keyframe_interval=2)).data != once.data
+    once = transcode_video(_animation(), VideoConfig(resize=32))
+    assert transcode_video(once.data, VideoConfig(resize=32)) == once
+    assert transcode_video(once.data, VideoConfig(resize=16)).data != once.data
+    assert transcode_video(once.data, VideoConfig(keyframe_interval=2)).data != once.data
 
 
 def test_clips_are_cut_and_thinned():
     clip = _clip(frames=24, fps=24)
-    assert transcode_video(clip, ClipLimits(max_frames=5)).info.frames == 5
-    assert transcode_video(clip, ClipLimits(max_duration_s=0.5)).info.frames == 12
-    thinned = transcode_video(clip, ClipLimits(fps=6))
+    assert transcode_video(clip, VideoConfig(max_frames=5)).info.frames == 5
+    assert transcode_video(clip, VideoConfig(clip_s=0.5)).info.frames == 12
+    thinned = transcode_video(clip, VideoConfig(fps=6))
     assert thinned.info.frames == 6
     assert thinned.info.duration == pytest.approx(1.0)
 
 
 def test_containers_other_than_mp4_are_read():
     clip = _clip(codec="mpeg4", container="avi")
-    assert transcode_video(clip, ClipLimits()).info.frames == 24
-    assert transcode_video(_clip(container="matroska"), ClipLimits()).info.frames == 24
+    assert transcode_video(clip, VideoConfig()).info.frames == 24
+    assert transcode_video(_clip(container="matroska"), VideoConfig()).info.frames == 24
 
 
 def test_a_clip_larger_than_its_limit_is_dropped():
-    assert _cause(transcode_video, _clip(gop=250), ClipLimits(max_bytes=100)) == "clip-too-large"
+    assert _cause(transcode_video, _clip(gop=250), VideoConfig(max_mb=0.0001)) == "clip-too-large"
 
 
 def test_cut_and_broken_clips_are_bad_data():
-    clip = transcode_video(_animation(), ClipLimits()).data
+    clip = transcode_video(_animation(), VideoConfig()).data
     for length in (0, 10, 300, len(clip) // 2, len(clip) - 100):
-        assert _cause(transcode_video, clip[:length], ClipLimits()) == "decode-failed"
+        assert _cause(transcode_video, clip[:length], VideoConfig()) == "decode-failed"
         assert _cause(decode_video, clip[:length], 4) == "decode-failed"
     matroska = _clip(frames=24, container="matroska")
-    assert _cause(transcode_video, matroska[:120], ClipLimits()) == "decode-failed"
+    assert _cause(transcode_video, matroska[:120], VideoConfig()) == "decode-failed"
     holed = bytearray(clip)
     holed[len(clip) // 2 : len(clip) // 2 + 200] = bytes(200)
-    assert _cause(transcode_video, bytes(holed), ClipLimits()) == "decode-failed"
+    assert _cause(transcode_video, bytes(holed), VideoConfig()) == "decode-failed"
 
 
 def test_playlists_never_reach_the_demuxer():
     playlist = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"
     for data in (playlist, b"ffconcat version 1.0\nfile /etc/hostname\n"):
         assert _cause(decode_video, data, 1) == "decode-failed"
-        assert _cause(transcode_video, data, ClipLimits()) == "decode-failed"
+        assert _cause(transcode_video, data, VideoConfig()) == "decode-failed"
 
 
 def test_frames_of_too_many_pixels_are_refused_by_the_header():
     assert _cause(decode_video, _clip(), 2, max_pixels=1000) == "too-many-pixels"
-    assert _cause(transcode_video, _clip(), ClipLimits(max_pixels=1000)) == "too-many-pixels"
+    assert _cause(transcode_video, _clip(), VideoConfig(max_pixels=1000)) == "too-many-pixels"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sharding.index import read_index
 from sharding.media import encode_image
+from sharding.media.config import ImageConfig
 from sharding.storage import open_storage
 from sharding.writer import ShardWriter, copy_without, publish
 
@@ -19,7 +20,7 @@ from sharding.writer import ShardWriter, copy_without, publish
 def _picture(level: int, kind: str = "webp"):
     sink = io.BytesIO()
     Image.new("RGB", (8 + level, 6), (level, level, level)).save(sink, "PNG")
-    return encode_image(sink.getvalue(), image_format=kind)
+    return encode_image(sink.getvalue(), ImageConfig(format=kind))
 
 
 def _write(path, samples: int = 3, kind: str = "webp") -> ShardWriter:

@@ -1,30 +1,36 @@
-"""Clips on their way into a shard: H.264 in mp4, cut to length, every frame near a keyframe."""
+"""Videos on their way into a shard: cut to clips, H.264 in mp4, every frame near a keyframe.
+
+A video is decoded once, from its beginning, and its clips are encoded one after another as its frames come: memory
+holds a frame or two and the clip that is being written, however long the video is.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from PIL import Image
 
 from sharding.errors import BadData
-from sharding.media import (
-    MAX_PIXELS,
-    Encoded,
-    MediaInfo,
+from sharding.media.config import VideoConfig
+from sharding.media.images import resized, shrunk
+from sharding.media.info import Encoded, MediaInfo
+from sharding.media.untrusted import decoding
+from sharding.media.video import (
     animation,
     checked,
     clip_packets,
     container_format,
-    decoding,
     is_animation,
+    mean_rate,
     open_clip,
-    shrunk,
+    pixel_ratio,
+    quarter_turns,
+    square_size,
     upright,
     video_stream,
 )
@@ -33,18 +39,57 @@ from sharding.media import (
 _FRAMES_MEASURED = 240
 
 
-@dataclass(frozen=True)
-class ClipLimits:
-    """How a clip is stored: shorter side, frame rate, length (longer clips are cut), keyframes, bytes."""
+def transcode_video(data: bytes, config: VideoConfig) -> Encoded:
+    """The first clip of a video, as a shard stores it.
 
-    resize: int | None = None
-    fps: float | None = None
-    max_frames: int = 900
-    max_duration_s: float = 60.0
-    keyframe_interval: int = 8
-    crf: int = 23
-    max_bytes: int = 32 * 2**20
-    max_pixels: int = MAX_PIXELS
+    Raises:
+        BadData: as ``cut_video``; or ``clip-too-large`` (over ``config.max_mb``).
+    """
+    first = next(cut_video(data, config))
+    if isinstance(first, BadData):
+        raise first
+    return first
+
+
+def cut_video(data: bytes, config: VideoConfig) -> Iterator[Encoded | BadData]:
+    """The clips of a video in their order, each as a shard stores it, or why it cannot be.
+
+    A clip is H.264 in mp4 without sound, every frame decodable from a near keyframe. A video that already is such
+    a clip is given unchanged, after every frame was decoded once. With ``clips: all``::
+
+        0         10        20        30  33.5 s      clip_s 10, min_clip_s 2: four clips, of 10, 10, 10, 3.5 s
+        |----0----|----1----|----2----|-3-|           min_clip_s 5: three clips
+
+    Yields:
+        ``BadData("clip-too-large")`` for a clip over ``config.max_mb``; the others are not touched by it.
+
+    Raises:
+        BadData: ``decode-failed`` or ``too-many-pixels``: the whole video is of no use, clips that came included.
+    """
+    with decoding():
+        fitting = _as_it_is(data, config)
+        rate = 0.0 if fitting is not None else _frame_rate(data, config.max_pixels)
+    if fitting is not None:
+        yield fitting
+        return
+    fps = Fraction(min(rate, config.fps or rate)).limit_denominator(1001)
+    length = max(1, min(config.max_frames, math.floor(config.clip_s * float(fps) + 1e-6)))
+    clips = config.max_clips if config.clips == "all" else 1
+    frames = _at_rate(_clip_frames(data, config.max_pixels), rate, float(fps), clips * length)
+    for number in range(clips):
+        first = next(frames, None)
+        if first is None:
+            if number == 0:
+                raise BadData("decode-failed", "the clip has no frames")
+            return
+        encoded = _encode_h264(chain([first], islice(frames, length - 1)), fps, config)
+        if number > 0 and encoded.info.duration < min(config.min_clip_s, float(length / fps)):
+            return
+        yield encoded if len(encoded.data) <= config.max_bytes else _too_large(encoded, config)
+
+
+def _too_large(encoded: Encoded, config: VideoConfig) -> BadData:
+    return BadData("clip-too-large", f"{len(encoded.data)} bytes, more than {config.max_bytes}")
 
 
 def _clip_frames(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -66,7 +111,9 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]
                 raise BadData("decode-failed", "the clip has frames without a time")
             start = frame.time if start is None else start
             decoded += 1
-            yield frame.time - start, upright(checked(frame))
+            array = upright(checked(frame))
+            size = square_size(array.shape[1::-1], pixel_ratio(stream, quarter_turns(frame)))
+            yield frame.time - start, _sized(array, size)
         _complete(decoded, max(expected, stream.frames))
 
 
@@ -80,13 +127,11 @@ def _frame_rate(data: bytes, max_pixels: int) -> float:
     """Average frames per second."""
     if is_animation(data):
         times = [time for time, _ in islice(animation(data, max_pixels), _FRAMES_MEASURED)]
-    else:
-        with open_clip(data) as container:
-            stream = video_stream(container, max_pixels)
-            unit = float(stream.time_base or 1)
-            times = [time * unit for time in clip_packets(container, stream).times]
-    span = times[-1] - times[0]
-    return min((len(times) - 1) / span, 240.0) if span > 0 else 1.0
+        return mean_rate(times)
+    with open_clip(data) as container:
+        stream = video_stream(container, max_pixels)
+        unit = float(stream.time_base or 1)
+        return mean_rate([time * unit for time in clip_packets(container, stream).times])
 
 
 def _at_rate(
@@ -114,39 +159,16 @@ def _at_rate(
         slot += 1
 
 
-def transcode_video(data: bytes, limits: ClipLimits) -> Encoded:
-    """The clip as a shard stores it: H.264 in mp4, no sound, every frame decodable from a near keyframe.
-
-    A clip that already fits is copied unchanged, after every frame has been decoded once.
-    Frames are decoded and encoded one at a time, so memory does not grow with the clip.
-
-    Raises:
-        BadData: ``decode-failed``, ``too-many-pixels``, or ``clip-too-large`` (over ``limits.max_bytes``).
-    """
-    with decoding():
-        fitting = _as_it_is(data, limits)
-        if fitting is not None:
-            return fitting
-        rate = _frame_rate(data, limits.max_pixels)
-    fps = Fraction(min(rate, limits.fps or rate)).limit_denominator(1001)
-    limit = max(1, min(limits.max_frames, int(limits.max_duration_s * fps)))
-    frames = _at_rate(_clip_frames(data, limits.max_pixels), rate, float(fps), limit)
-    encoded, info = _encode_h264(frames, fps, limits)
-    if len(encoded) > limits.max_bytes:
-        raise BadData("clip-too-large", f"{len(encoded)} bytes, more than {limits.max_bytes}")
-    return Encoded(encoded, "mp4", info)
-
-
-def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits) -> tuple[bytes, MediaInfo]:
+def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig) -> Encoded:
     import av
 
     options = {
-        "crf": str(limits.crf),
+        "crf": str(config.crf),
         "preset": "medium",
         "threads": "1",  # the bytes depend on the number of threads
         "bf": "0",  # no reordering: a frame needs only what lies between it and its keyframe
-        "g": str(limits.keyframe_interval),
-        "keyint_min": str(limits.keyframe_interval),
+        "g": str(config.keyframe_interval),
+        "keyint_min": str(config.keyframe_interval),
         "sc_threshold": "0",
         "mbtree": "0",  # x264's vectorised macroblock tree reads stale memory: other bytes at each run
     }
@@ -156,39 +178,37 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits
         stream = out.add_stream("libx264", rate=fps, options=options)
         for array in frames:
             if count == 0:
-                size = shrunk(array.shape[1], array.shape[0], limits.resize)
+                size = shrunk(array.shape[1], array.shape[0], config.resize)
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            picture = av.VideoFrame.from_ndarray(_resized(array, width, height), format="rgb24")
+            rgb = _sized(array, (width, height))
+            picture = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             picture.pts = count
             picture.time_base = 1 / fps
             out.mux(stream.encode(picture))
             count += 1
-        if count == 0:
-            raise BadData("decode-failed", "the clip has no frames")
         out.mux(stream.encode(None))
-    return sink.getvalue(), MediaInfo(width, height, count, float(count / fps))
+    return Encoded(sink.getvalue(), "mp4", MediaInfo(width, height, count, float(count / fps)))
 
 
-def _resized(array: np.ndarray, width: int, height: int) -> np.ndarray:
-    if array.shape[:2] == (height, width):
+def _sized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] at (width, height)."""
+    if array.shape[1::-1] == size:
         return array
-    return np.asarray(
-        Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    )
+    return np.asarray(resized(Image.fromarray(array), size))
 
 
-def _as_it_is(data: bytes, limits: ClipLimits) -> Encoded | None:
+def _as_it_is(data: bytes, config: VideoConfig) -> Encoded | None:
     """The clip unchanged if it already fits (every frame is decoded to check it), else ``None``."""
-    if container_format(data) != "mp4" or len(data) > limits.max_bytes:
+    if container_format(data) != "mp4" or len(data) > config.max_bytes:
         return None
     with open_clip(data) as container:
-        stream = video_stream(container, limits.max_pixels)
+        stream = video_stream(container, config.max_pixels)
         context = stream.codec_context
         side = min(context.width, context.height)
         if context.name != "h264" or context.pix_fmt != "yuv420p" or len(container.streams) > 1:
             return None
-        if "mp4" not in container.format.name or (limits.resize is not None and side > limits.resize):
+        if "mp4" not in container.format.name or (config.resize is not None and side > config.resize):
             return None
         packets = clip_packets(container, stream)
         unit = float(stream.time_base or 1)
@@ -196,10 +216,10 @@ def _as_it_is(data: bytes, limits: ClipLimits) -> Encoded | None:
         span = (packets.times[-1] - packets.times[0]) * unit
         fps = (frames - 1) / span if span > 0 else 1.0
         duration = frames / fps
-        if frames > limits.max_frames or duration > limits.max_duration_s:
+        if frames > config.max_frames or duration > config.clip_s or pixel_ratio(stream, 0) != 1:
             return None
-        if packets.longest_gap > limits.keyframe_interval or (
-            limits.fps is not None and fps > limits.fps * 1.01
+        if packets.longest_gap > config.keyframe_interval or (
+            config.fps is not None and fps > config.fps * 1.01
         ):
             return None
         decoded = 0

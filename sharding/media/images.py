@@ -1,0 +1,211 @@
+"""Images: probing, decoding, and the bytes a shard stores of one.
+
+Where the time of a 288-px JPEG shrunk to 256 goes (one thread): decoding 0.4 ms, resizing 1.2, encoding 0.2, the
+rest 0.2. JPEG is decoded and encoded by libjpeg-turbo (simplejpeg), everything else by PIL. Resizing is bicubic
+with antialiasing, of all the pixels: closer to a floating-point Lanczos or bicubic reference than OpenCV's
+INTER_AREA at every ratio that was tried (41.4 against 35.0 dB of PSNR at 288 -> 256, Lanczos reference). The
+decoder's own scaling (by 2, 4 or 8) costs more than that gains unless four times the target is left, so it is used
+for photographs of eight times the size and more.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from sharding.errors import BadData
+from sharding.media.colour import composited, eight_bits, has_alpha, is_srgb, to_srgb
+from sharding.media.config import ImageConfig
+from sharding.media.info import Encoded, MediaInfo
+from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
+
+MAX_WEBP_SIDE = 16_383
+MAX_JPEG_SIDE = 65_500
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pixels of the decoded image for each of the stored one, along a side, that the decoder's own scaling must leave.
+_SCALED_LEAVES = 4
+# Warnings of libjpeg that tell of lost pixels; the others (odd markers, stray bytes between them) do not.
+_LOST_PIXELS = re.compile(r"Corrupt JPEG data(?!: \d+ extraneous)|Premature end|bad Huffman", re.IGNORECASE)
+_OWN_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The header, read by PIL; pixels are not decoded yet.
+
+    Raises:
+        BadData: ``too-many-pixels``. Whatever PIL raises: see ``decoding``.
+    """
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    refuse_large(image.width, image.height, max_pixels)
+    return image
+
+
+@decoding()
+def probe_image(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
+    """Size (upright) and number of frames from the header alone, before any pixel is decoded.
+
+    Raises:
+        BadData: not an image of a known format, or ``too-many-pixels``.
+    """
+    with open_image(data, max_pixels) as image:
+        frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
+        turned = _orientation(image) >= 5
+        width, height = (image.height, image.width) if turned else image.size
+        return MediaInfo(width=width, height=height, frames=frames)
+
+
+@decoding()
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3]: sRGB, EXIF orientation applied, alpha composited on white, first frame of an animation.
+
+    Raises:
+        BadData: ``decode-failed``, or ``too-many-pixels`` (known from the header).
+    """
+    return np.asarray(composited(_upright_srgb(data, None, max_pixels).image, "white"))
+
+
+def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:
+    """The image as a shard stores it: whole image decoded (so that a broken one is found), shrunk, oriented.
+
+    Raises:
+        BadData: as ``decode_image``.
+    """
+    config = config or ImageConfig()
+    with decoding():
+        decoded = _upright_srgb(data, config.resize, config.max_pixels)
+        kept = config.alpha == "keep" and decoded.image.mode == "RGBA"
+        image = decoded.image if kept else composited(decoded.image, _ground(config))
+    kind = config.format if config.format != "keep" else _OWN_FORMAT.get(decoded.format, "webp")
+    fits = config.format == "keep" and decoded.untouched and (kept or decoded.image.mode == "RGB")
+    return store_image(image, kind, config, as_it_is=data if fits else None)
+
+
+def store_image(image: Image.Image, kind: str, config: ImageConfig, as_it_is: bytes | None = None) -> Encoded:
+    """What is stored of an upright RGB or RGBA image.
+
+    Args:
+        kind: ``"webp"``, ``"jpg"`` or ``"png"``.
+        as_it_is: the image's own bytes, where they are stored unchanged.
+
+    Raises:
+        BadData: ``too-many-pixels``, where the format cannot hold so many on a side.
+    """
+    info = MediaInfo(width=image.width, height=image.height)
+    return Encoded(_bytes_of(image, kind, config) if as_it_is is None else as_it_is, kind, info)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bicubic with antialiasing (alpha premultiplied); shrunk by whole numbers first where that cannot be seen."""
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def shrunk(width: int, height: int, shorter: int | None) -> tuple[int, int]:
+    """(width, height) with the shorter side brought down to ``shorter``; never enlarged."""
+    short = min(width, height)
+    if shorter is None or short <= shorter:
+        return width, height
+    return max(1, round(width * shorter / short)), max(1, round(height * shorter / short))
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An upright sRGB image (RGB or RGBA), the file's format as PIL names it, and whether nothing was changed."""
+
+    image: Image.Image
+    format: str
+    untouched: bool
+
+
+def _upright_srgb(data: bytes, resize: int | None, max_pixels: int) -> _Decoded:
+    # The costly steps come after the image was shrunk: orientation and colour commute with resizing.
+    with open_image(data, max_pixels) as opened:
+        size = shrunk(opened.width, opened.height, resize)
+        orientation = _orientation(opened)
+        profile = opened.info.get("icc_profile")
+        plain = opened.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+        image = eight_bits(_pixels(data, opened, size))
+        untouched = (
+            plain
+            and size == opened.size
+            and orientation not in _UPRIGHT
+            and is_srgb(profile, image.mode)
+            and getattr(opened, "n_frames", 1) == 1
+        )
+        image = to_srgb(resized(image, size), profile)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        image.info = {}  # or the profile that was just applied would be stored
+        return _Decoded(image, opened.format or "", untouched)
+
+
+def _pixels(data: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The decoded image, by libjpeg-turbo itself where PIL would only add copies."""
+    if data[:2] != b"\xff\xd8" or opened.mode not in ("L", "RGB") or has_alpha(opened):
+        opened.load()
+        return opened
+    try:
+        least = _scaled(opened.size, size)
+        colours = "GRAY" if opened.mode == "L" else "RGB"
+        pixels = simplejpeg.decode_jpeg(data, colours, min_width=least[0], min_height=least[1])
+    except ValueError as error:
+        if _LOST_PIXELS.search(str(error)):
+            raise BadData("decode-failed", str(error)) from None
+        opened.load()  # odd, yet perhaps readable: PIL decides
+        return opened
+    return Image.fromarray(pixels[:, :, 0] if opened.mode == "L" else pixels)
+
+
+def _scaled(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) to be decoded: by 8, 4 or 2 smaller than the source if enough is left; (0, 0): all."""
+    for factor in (8, 4, 2):
+        scaled = (-(-source[0] // factor), -(-source[1] // factor))
+        if all(side >= _SCALED_LEAVES * wanted for side, wanted in zip(scaled, target, strict=True)):
+            return scaled
+    return 0, 0
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF numbers them; 1 where there is none, or EXIF that cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, EOFError, struct.error):
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _ground(config: ImageConfig) -> str:
+    return "white" if config.alpha == "keep" else config.alpha
+
+
+def _bytes_of(image: Image.Image, kind: str, config: ImageConfig) -> bytes:
+    longest = {"webp": MAX_WEBP_SIDE, "jpg": MAX_JPEG_SIDE}.get(kind)
+    if longest is not None and max(image.size) > longest:
+        raise BadData("too-many-pixels", f"{image.width}x{image.height} is more than {kind} can hold")
+    if kind == "jpg":
+        pixels = np.ascontiguousarray(np.asarray(image))
+        return simplejpeg.encode_jpeg(pixels, config.quality, "RGB", config.chroma)
+    sink = io.BytesIO()
+    if kind == "webp":
+        image.save(sink, "WEBP", quality=config.quality, method=4)
+    else:
+        image.save(sink, "PNG")
+    return sink.getvalue()
