@@ -28,7 +28,9 @@ def verify_epoch(address: str, console: Console, *, epoch: int | None = None, as
     trained = sorted(
         {name for stage in source.record["configuration"]["train"]["stages"] for name in stage["mixture"]}
     )
-    manifests = {name: load_manifest(source.root.at(source.record["datasets"][name])) for name in trained}
+    manifests = {
+        name: load_manifest(source.root.resolve(source.record["datasets"][name])) for name in trained
+    }
     with show_progress(Console(stderr=True), "verifying", chosen.step) as task:
         proof = prove(
             source.run,

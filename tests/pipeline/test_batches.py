@@ -59,7 +59,7 @@ def batches(
 
 
 def assert_same(first: Batch, second: Batch) -> None:
-    assert first.keys == second.keys
+    assert (first.keys, first.slots, first.causes) == (second.keys, second.slots, second.causes)
     assert torch.equal(first.pixel_values, second.pixel_values)
     assert torch.equal(first.input_ids, second.input_ids)
     assert torch.equal(first.valid, second.valid)

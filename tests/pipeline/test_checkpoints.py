@@ -2,20 +2,30 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cluster.workers import WorkerContext
+from pipeline.config import parse_job
 from pipeline.training.checkpoints import (
     FORMAT,
     Checkpoint,
+    _refuse_mismatch,
     delete_checkpoint,
     fetch_model,
     list_checkpoints,
 )
-from sharding.errors import BadData
+from pipeline.training.loop import _identity, _tell_retracted
+from sharding.errors import BadData, UserError
+from sharding.manifest import Manifest
+from sharding.reader import ShardReader
 from sharding.storage import Storage, open_storage
+from tests.fixtures.jobs import tiny_job
+from tests.pipeline.test_data_order import manifest_of
 
 
 def commit(run: Storage, step: int, **changes: Any) -> Checkpoint:
@@ -83,3 +93,28 @@ def test_a_deleted_checkpoint_is_gone_and_never_half_there(storage: Storage) -> 
     delete_checkpoint(storage, checkpoint)
     assert list_checkpoints(storage) == []
     assert list(storage.list("checkpoints")) == []
+
+
+def test_a_run_goes_on_after_a_retraction_but_not_on_other_shards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, job = open_storage(tmp_path), parse_job(tiny_job("/data/raw", tmp_path / "storage"), "job.yaml")
+    context = WorkerContext(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, device=torch.device("cpu")
+    )
+    manifest = manifest_of("emoji", [3, 1])
+    retracted = manifest.model_copy(update={"dropped_keys": ["000000-000001"]})
+    other = manifest_of("emoji", [4])
+
+    def readers(of: Manifest) -> dict[str, ShardReader]:
+        return {"emoji": ShardReader(run, of)}
+
+    begun = _identity(job, readers(manifest))
+    checkpoint = commit(run, 4, world_size=1, data={"emoji": manifest.digest}, **begun)
+    _refuse_mismatch(checkpoint, context, _identity(job, readers(retracted)), run)
+    with caplog.at_level(logging.INFO):
+        _tell_retracted(readers(retracted), checkpoint)
+    assert "1 of 4 samples are retracted" in caplog.text
+    assert "other samples are retracted than at step 4" in caplog.text
+    with pytest.raises(UserError, match="shards was"):
+        _refuse_mismatch(checkpoint, context, _identity(job, readers(other)), run)
