@@ -100,9 +100,8 @@ class _Secure(http.client.HTTPSConnection):
         wrapped.do_handshake()
 
 
-def cut(connection: http.client.HTTPConnection) -> None:
+def cut(connected: socket.socket | None) -> None:
     """End a connection from another thread: who reads from it gets its end at once."""
-    connected = connection.sock
     if connected is not None:
         with contextlib.suppress(OSError):  # it has ended by itself
             # Not SSLSocket's own, which takes the TLS state away from under the reading thread.

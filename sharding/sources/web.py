@@ -12,7 +12,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
@@ -169,7 +168,10 @@ class Downloader:
             self._sleep(max(0.0, host.rests_until - time.monotonic()))
             connection, response, ticket = self._ask(target)
             try:
-                return self._read(response, target, lease, limit, page)
+                answer = self._read(response, target, lease, limit, page)
+                if ticket.expired:
+                    raise TimeoutError  # cut by the clock: a body without a length ends there as if it were whole
+                return answer
             except _Transient as fault:
                 if fault.wait is not None:
                     host.rests_until = time.monotonic() + min(fault.wait, self._config.timeout_s)
@@ -201,6 +203,7 @@ class Downloader:
             ticket = self._clock.lease(connection)
             try:
                 connection.request("GET", path, headers=headers)
+                ticket.socket = connection.sock
                 return connection, connection.getresponse(), ticket
             except BaseException as error:
                 self._clock.release(ticket)
@@ -313,12 +316,17 @@ def _retry_after(value: str | None) -> float | None:
 
 
 class _Ticket:
-    """One request in hand."""
+    """One request in hand. ``socket``: once it is connected; a response may outlive its connection's own."""
 
-    __slots__ = ("connection", "deadline", "expired")
+    __slots__ = ("connection", "deadline", "expired", "socket")
 
     def __init__(self, connection: http.client.HTTPConnection, deadline: float) -> None:
         self.connection, self.deadline, self.expired = connection, deadline, False
+        self.socket: socket.socket | None = None
+
+    def cut(self) -> None:
+        """Let the thread that waits for the host find the end of the connection."""
+        cut(self.socket or self.connection.sock)
 
 
 class _Clock:
@@ -336,6 +344,8 @@ class _Clock:
     def lease(self, connection: http.client.HTTPConnection) -> _Ticket:
         ticket = _Ticket(connection, time.monotonic() + self._seconds)
         with self._lock:
+            if self._stopped.is_set():
+                raise Cancelled
             self._tickets[id(ticket)] = ticket
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fetch-clock", daemon=True)
@@ -347,19 +357,20 @@ class _Clock:
             self._tickets.pop(id(ticket), None)
 
     def stop(self) -> None:
-        """End all requests in hand, and the thread."""
-        self._stopped.set()
-        for ticket in self._late(float("inf")):
-            cut(ticket.connection)
+        """Give out no more tickets, and end the requests in hand."""
+        with self._lock:
+            self._stopped.set()
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self._seconds / 8)):
-            for ticket in self._late(time.monotonic()):
-                cut(ticket.connection)
+            self._cut_late(time.monotonic())
+        while self._cut_late(float("inf")):
+            time.sleep(0.05)  # one that is being connected cannot be cut yet
 
-    def _late(self, now: float) -> Iterator[_Ticket]:
+    def _cut_late(self, now: float) -> int:
         with self._lock:
             late = [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
-            for ticket in late:
-                ticket.expired = True
-        yield from late
+        for ticket in late:
+            ticket.expired = True
+            ticket.cut()
+        return len(late)

@@ -86,7 +86,16 @@ def test_bodies_come_whole(web):
         assert downloader.download(f"{web.url}/unknown") == large
 
 
-@pytest.mark.parametrize("answer", [Answer(wait=3), Answer(drip=0.1), Answer(hold=threading.Event())])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(wait=3),
+        Answer(drip=0.1),
+        Answer(hold=threading.Event()),
+        Answer(b"x" * 100, drip_body=0.1),
+        Answer(b"x" * 100, drip_body=0.1, length=None),
+    ],
+)
 def test_a_host_that_stalls_or_drips_ends_in_time(web, answer):
     web.answers["/a"] = answer
     assert _cause(f"{web.url}/a", timeout_s=0.3, attempts=1) == "timed-out"
@@ -120,7 +129,7 @@ def test_connections_are_kept_and_a_closed_one_is_replaced_without_a_try(web):
             downloader.download(f"{web.url}/{number}")
         assert web.connections == 1
         idle = next(iter(downloader._pool._idle))
-        connections.cut(idle)  # as a host does that is tired of waiting
+        connections.cut(idle.sock)  # as a host does that is tired of waiting
         assert downloader.download(f"{web.url}/11") == BODY
         with contextlib.suppress(BadData):
             downloader.download(f"{web.url}/missing")
