@@ -43,8 +43,6 @@ class HuggingFaceListing:
         config = self._config
         rows = open_dataset(config)
         media = config.media_column or config.url_column
-        if not len(rows):
-            raise UserError(f"empty corpus: split {config.split} of {self.base} has no rows")
         columns = list(dict.fromkeys([media, *config.caption_columns]))
         number = 0
         for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
@@ -154,7 +152,10 @@ def _load(config: HuggingFaceSource) -> Dataset:
 
     folder = None if config.path is None else _folder(config.path)
     if folder is not None and any((folder / name).is_file() for name in _SAVED):
-        found = datasets.load_from_disk(str(folder))
+        try:
+            found = datasets.load_from_disk(str(folder))
+        except IndexError:  # what the library makes of no data files
+            raise ValueError("it has no rows") from None
         if isinstance(found, datasets.Dataset):
             return found
         if config.split not in found:

@@ -170,8 +170,11 @@ def test_what_is_missing_is_named(tmp_path):
         _read(tmp_path / "saved", media_column="text")
     (tmp_path / "none").mkdir()
     _dataset(0).to_parquet(str(tmp_path / "none" / "train.parquet"))
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match="corresponds to no data"):
         _read(tmp_path / "none")
+    _dataset(0).save_to_disk(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="it has no rows"):
+        _read(tmp_path / "nothing")
     with pytest.raises(UserError, match="no such folder"):
         module.open_dataset(_config(tmp_path / "gone").source)
 
