@@ -17,7 +17,6 @@ from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
 from sharding.errors import BadData
-from sharding.sources.addresses import public_address
 from sharding.sources.budget import ByteBudget, Cancelled, Lease
 from sharding.sources.config import FetchConfig
 from sharding.sources.connections import ConnectionPool, Origin, basic_authorization, cut
@@ -82,7 +81,7 @@ class Downloader:
         self._usual = float(_BLOCK)  # bytes of a body, a running mean
 
     def download(self, url: str, lease: Lease | None = None) -> bytes:
-        """The body at ``url``, with redirects followed.
+        """The body at ``url``, with redirects followed. Faults are told without the url: the caller has it.
 
         Args:
             lease: holds the bytes while they are in memory; it waits for room before it asks the host.
@@ -111,9 +110,7 @@ class Downloader:
                     else fault.wait
                 )
                 if attempt == self._config.attempts or wait > self._config.timeout_s:
-                    raise BadData(fault.cause, f"{public_address(url)}: {fault.detail}") from None
-            except BadData as fault:
-                raise BadData(fault.cause, f"{public_address(url)}: {fault.detail}") from None
+                    raise BadData(fault.cause, fault.detail) from None
             else:
                 self._usual += (len(body) - self._usual) / 16
                 lease.reserve(len(body))

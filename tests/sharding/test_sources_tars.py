@@ -1,14 +1,17 @@
 """Promises of tars as sources: no caption is lost, no sample split, and a short tar is not taken for a whole one."""
 
+import hashlib
 import io
 import json
 import random
 import tarfile
+import tracemalloc
 
 import pytest
 import webdataset
 
 from sharding.errors import UserError
+from sharding.sources import open_fetcher, open_source
 from sharding.sources import tars as module
 from sharding.storage import open_storage
 from tests.sharding.datasets import media_of, write_dataset
@@ -216,6 +219,23 @@ def test_a_tar_with_more_members_than_fit_is_refused(tmp_path, monkeypatch):
         listed(_tars(path))
 
 
+def test_listing_more_tars_takes_no_more_memory(tmp_path):
+    for number in range(12):
+        members = [(f"{number}-{n}.{suffix}", b"") for n in range(300) for suffix in ("jpg", "txt")]
+        _write(tmp_path / f"{number:02d}.tar", members)
+    peaks = []
+    for tars in ("{00..01}", "{00..11}"):
+        opened = open_source(
+            configured(kind="webdataset", path=f"{tmp_path}/{tars}.tar"), open_storage(tmp_path)
+        )
+        tracemalloc.start()
+        count = sum(1 for _ in opened.inputs(hashlib.sha256()))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert count == 3600
+    assert peaks[1] < 1.2 * peaks[0] + 100_000
+
+
 def test_the_digest_follows_names_and_places_but_not_the_folder(tmp_path):
     digests = [
         listed(_tars(_write(tmp_path / str(number) / "x.tar", members)))[1]
@@ -237,8 +257,6 @@ def test_a_tar_that_changed_since_it_was_listed_is_told(tmp_path):
     path = _write(tmp_path / "x.tar", _samples(2))
     config = configured(kind="webdataset", path=str(path))
     storage = open_storage(tmp_path)
-    from sharding.sources import open_fetcher, open_source
-
     opened = open_source(config, storage)
     inputs, _ = listed(opened)
     path.write_bytes(path.read_bytes()[:700])
@@ -284,8 +302,6 @@ def test_tars_on_s3_are_walked_and_read_by_range(s3_server, monkeypatch):
     config = configured(
         "video", kind="webdataset", path=f"{storage.url}/tars/{{0..1}}.tar", truncated="count"
     )
-    from sharding.sources import open_fetcher, open_source
-
     opened = open_source(config, storage)
     inputs, _ = listed(opened)
     assert sum(map(len, read)) < 0.6 * 6_000_000  # headers, not the media

@@ -99,6 +99,7 @@ def test_bodies_come_whole(web):
 def test_a_host_that_stalls_or_drips_ends_in_time(web, answer):
     web.answers["/a"] = answer
     assert _cause(f"{web.url}/a", timeout_s=0.3, attempts=1) == "timed-out"
+    assert not web.finished["/a"]  # it was not waited for
 
 
 def test_a_time_out_is_tried_again_once(web):
