@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from sharding.errors import BadData, StorageFault, UserError
+from sharding.sources.addresses import is_remote
 from sharding.sources.base import Hasher, Input, feed, texts_of
 from sharding.sources.config import HuggingFaceSource
 
@@ -66,9 +67,10 @@ class HuggingFaceListing:
             if name is None and size is None:
                 return Input(address=place, problem="media-missing")
             return Input(address=place, captions=captions, not_text=not_text, size=size, row=number)
-        if name is None or "://" not in name or texts_of(name)[1]:
+        address = (name or "").strip()
+        if not is_remote(address) or texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
-        return Input(address=name.strip(), captions=captions, not_text=not_text)
+        return Input(address=address, captions=captions, not_text=not_text)
 
 
 class MediaRows:

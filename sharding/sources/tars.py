@@ -40,7 +40,7 @@ from sharding.storage import Storage
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# The headers of one tar are held: about 0.5 KB each.
+# The headers of one tar are in memory.
 MOST_MEMBERS = 1_000_000
 _HEADER = 512
 _SMALL, _LARGE = 64 << 10, 8 << 20

@@ -74,6 +74,17 @@ def test_coco_images_come_once_each_with_all_their_captions(tmp_path):
     assert inputs[-1].address.endswith("image 1234")
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "file:///etc/hostname", "http://h/a.jpg", " "])
+def test_a_caption_file_names_no_file_outside_its_images(tmp_path, name):
+    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    assert listed(_coco(tmp_path, coco))[0][0].problem == "bad-address"
+    (tmp_path / "d.json").write_text(
+        json.dumps({"images": [{"filename": name, "split": "test", "sentences": [{"raw": "x"}]}]})
+    )
+    (item,) = listed(source(tmp_path / "d.json", kind="karpathy", images=str(tmp_path)))[0]
+    assert item.problem == "bad-address"
+
+
 def test_coco_images_may_be_fetched_from_their_urls(tmp_path):
     inputs, _ = listed(_coco(tmp_path, images=None, url_field="coco_url"))
     assert [item.address for item in inputs[:2]] == ["http://h/9.jpg", "http://h/5.jpg"]

@@ -32,6 +32,7 @@ def _fetcher(folder, max_bytes=100, **options):
         ("ftp://host/a.png", "bad-address"),
         ("folder", "missing-file"),
         ("large.png", "too-many-bytes"),
+        ("n" * 300, "unreadable-file"),
     ],
 )
 def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):

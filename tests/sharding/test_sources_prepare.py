@@ -69,6 +69,9 @@ def test_urls_end_as_samples_and_opting_out_is_no_bad_data(tmp_path, web, ray_se
     assert _captions(storage, prepared) == {
         f"{web.url}/{number}.jpg": [f"picture {number}"] for number in (0, 1, 2, 3, 9)
     }
+    # Nothing that stays holds the secret of an address.
+    assert not [file.path for file in storage.list() if b"s3cret" in storage.read_bytes(file.path)]
+    assert not list(storage.at(prepared.path).list("work"))
     with pytest.raises(BadDataLimit, match=r"private-address \d+\).*fetch\.allow_private: true allows it"):
         prepare("urls", _config(source, fetch={"opt_out": []}), storage, in_flight=2)
 

@@ -375,6 +375,7 @@ def test_urls_are_encoded_where_they_are_not(web):
     with _downloader() as downloader:
         assert downloader.download(f"{web.url}/a b/é.jpg?q= x#part") == BODY
         assert downloader.download(f"{web.url}/%41") == BODY
+        assert downloader.download(f"HTTP{web.url.removeprefix('http')}/%41") == BODY
 
 
 def test_close_ends_what_is_in_hand(web):
