@@ -8,6 +8,7 @@ run: its version 5 has no loading scripts any more, and builders other than thos
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _BUILDERS = frozenset({"arrow", "csv", "imagefolder", "json", "parquet", "videofolder", "webdataset"})
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _ROWS_AT_ONCE = 256
+
+_opening = threading.Lock()
 
 
 class HuggingFaceListing:
@@ -85,7 +88,9 @@ class MediaRows:
         Raises:
             BadData: ``missing-file``, ``bad-address`` (a path outside the dataset), ``too-many-bytes``.
         """
-        cell = _media_rows(self._config.model_dump_json())[row][self._config.media_column]
+        with _opening:  # of many threads one opens it
+            rows = _media_rows(self._config.model_dump_json())
+        cell = rows[row][self._config.media_column]
         data, path = (cell, None) if isinstance(cell, bytes) else (cell["bytes"], cell["path"])
         place = f"{self._config.split}/{row}"
         if data is None and path is None:
