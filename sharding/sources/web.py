@@ -104,11 +104,9 @@ class Downloader:
                 lease.reserve(full.size)
                 continue
             except _Transient as fault:
-                wait = (
-                    min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-                    if fault.wait is None
-                    else fault.wait
-                )
+                wait = fault.wait
+                if wait is None:
+                    wait = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
                 if attempt == self._config.attempts or wait > self._config.timeout_s:
                     raise BadData(fault.cause, fault.detail) from None
             else:
@@ -171,7 +169,8 @@ class Downloader:
                 return answer
             except _Transient as fault:
                 if fault.wait is not None:
-                    host.rests_until = time.monotonic() + min(fault.wait, self._config.timeout_s)
+                    rest = time.monotonic() + min(fault.wait, self._config.timeout_s)
+                    host.rests_until = max(host.rests_until, rest)
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _understood(error, ticket.expired) from None

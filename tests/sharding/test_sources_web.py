@@ -138,6 +138,24 @@ def test_connections_are_kept_and_a_closed_one_is_replaced_without_a_try(web):
     assert web.connections == 2
 
 
+def test_few_idle_connections_are_kept_and_none_after_the_end(web):
+    servers = [WebServer() for _ in range(6)]
+    try:
+        with _downloader(threads=2) as downloader:
+            for server in servers:
+                server.answers["/a"] = Answer()
+                downloader.download(f"{server.url}/a")
+            assert len(downloader._pool._idle) == 4  # twice the threads
+            kept = list(downloader._pool._idle)
+            late = downloader._pool.new(Origin(False, "127.0.0.1", web.port))
+            late.connect()
+        downloader._pool.give(Origin(False, "127.0.0.1", web.port), late)
+        assert [connection.sock for connection in (*kept, late)] == [None] * 5
+    finally:
+        for server in servers:
+            server.close()
+
+
 def test_no_more_requests_reach_a_host_at_once_than_allowed(web):
     web.answers |= {f"/{n}": Answer(wait=0.05) for n in range(12)}
     with _downloader(per_host=3) as downloader:
@@ -312,7 +330,7 @@ def test_the_address_that_was_judged_is_the_one_connected_to(monkeypatch, web):
     with _downloader(allow_private=False) as downloader:
         assert downloader.download(f"http://rebinding:{web.port}/ok") == BODY
         assert asked == ["rebinding"]  # once: what it would answer next does not matter
-        downloader._pool.close()
+        connections.cut(next(iter(downloader._pool._idle)).sock)  # so that it is asked again
         with pytest.raises(BadData, match="private-address"):
             downloader.download(f"http://rebinding:{web.port}/ok")
     assert web.seen["/ok"] == 1
