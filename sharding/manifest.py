@@ -3,7 +3,7 @@
 A dataset is a folder of the job's storage::
 
     plan.json            how the input was cut into tasks, written before any work starts
-    plan/000000.parquet  the inputs of one task (one task makes at most one shard)
+    work/                lists of inputs, one a task, and staged shards; gone when the dataset is whole
     000000.tar           a plain WebDataset shard
     000000.parquet       its index (sharding/index.py)
     commits/000000.json  the commit record of a task: the shard exists when this does

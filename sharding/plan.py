@@ -78,8 +78,10 @@ def survey(source: Source, seen: Callable[[int], None]) -> Survey:
 
 
 def inputs_path(task: int) -> str:
-    """Where the inputs of a task are listed, relative to the dataset."""
-    return f"plan/{task:06d}.parquet"
+    """Where the inputs of a task are listed, relative to the dataset. Gone when the dataset is whole: they are
+    addresses as they were given, with the user names and signatures that some have.
+    """
+    return f"work/plan/{task:06d}.parquet"
 
 
 def make_plan(source: Source, found: Survey, config: PrepareConfig, dataset: Storage) -> Plan:

@@ -2,7 +2,7 @@
 
 ::
 
-    plan/000007.parquet --encode--> work/staged/000007.{tar,parquet,json}
+    work/plan/000007.parquet --encode--> work/staged/000007.{tar,parquet,json}
     all staged indexes  --find_duplicates--> work/duplicates/00000.parquet   (one a bucket of digests)
     staged + duplicates --commit--> 000007.{tar,parquet}, commits/000007.json
 

@@ -19,7 +19,7 @@ __all__ = ["Input", "Source", "open_fetcher", "open_source"]
 
 def open_source(config: PrepareConfig, storage: Storage) -> Source:
     """The configured source; ``storage`` lends its S3 options, not its place."""
-    from sharding.sources.annotations import CocoListing, KarpathyListing
+    from sharding.sources.caption_files import CocoListing, KarpathyListing
     from sharding.sources.folder import FolderListing
     from sharding.sources.huggingface import HuggingFaceListing
     from sharding.sources.table import TableListing

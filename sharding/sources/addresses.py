@@ -19,6 +19,20 @@ _SECRET_PARTS = (
 )
 
 
+WEB = ("http", "https")
+
+
+def scheme_of(address: str) -> str:
+    """The scheme of a url in lower case; empty for a path."""
+    scheme, separator, _ = address.partition("://")
+    return scheme.lower() if separator else ""
+
+
+def is_remote(address: str) -> bool:
+    """Whether a list that others wrote may name it: a url of the web or of S3, no file of this machine."""
+    return scheme_of(address) in (*WEB, "s3")
+
+
 def public_address(address: str) -> str:
     """The address as it may be recorded and shown: no user name, password or signature."""
     if "://" not in address:

@@ -179,7 +179,9 @@ class HuggingFaceSource(_Block):
 
     kind: Literal["huggingface"]
     path: str | None = None
-    hub: str | None = Field(default=None, pattern=r"^[\w.-]+(/[\w.-]+)?$", description="name, or owner/name")
+    hub: str | None = Field(
+        default=None, pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", description="name, or owner/name"
+    )
     revision: str | None = Field(default=None, description="of hub: the 40 hex digits of a commit")
     subset: str | None = Field(default=None, description="where a dataset has several configurations")
     split: str = "train"
@@ -246,7 +248,7 @@ class FetchConfig(_Block):
         default=None, description="http(s): an address or url in the User-Agent for those who run the hosts"
     )
     opt_out: list[str] = Field(
-        default=["noai", "noimageai", "noindex", "noimageindex"],
+        default=["noai", "noimageai", "noimageindex", "noindex"],
         description="http(s): directives of X-Robots-Tag by which a file is left out; [] ignores them",
     )
     robots: bool = Field(

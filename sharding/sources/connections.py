@@ -100,9 +100,8 @@ class _Secure(http.client.HTTPSConnection):
         wrapped.do_handshake()
 
 
-def cut(connection: http.client.HTTPConnection) -> None:
+def cut(connected: socket.socket | None) -> None:
     """End a connection from another thread: who reads from it gets its end at once."""
-    connected = connection.sock
     if connected is not None:
         with contextlib.suppress(OSError):  # it has ended by itself
             # Not SSLSocket's own, which takes the TLS state away from under the reading thread.
@@ -139,6 +138,7 @@ class ConnectionPool:
         with self._lock:
             self._stacks.setdefault(origin, []).append(connection)
             self._idle[connection] = origin
+            # The one that is idle for the longest; after ``close`` that is the only one.
             dropped = next(iter(self._idle)) if len(self._idle) > self._capacity else None
             if dropped is not None:
                 stack = self._stacks[self._idle.pop(dropped)]
@@ -160,8 +160,9 @@ class ConnectionPool:
         return self._proxy(origin) is not None
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the idle connections, and those that are given back later."""
         with self._lock:
+            self._capacity = 0
             idle = list(self._idle)
             self._idle.clear()
             self._stacks.clear()

@@ -7,6 +7,7 @@ and members of tars by range).
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 from sharding.errors import BadData, UserError
-from sharding.sources.addresses import public_address
+from sharding.sources.addresses import WEB, public_address, scheme_of
 from sharding.sources.base import Input, Member
 from sharding.sources.budget import ByteBudget, Lease
 from sharding.sources.config import FetchConfig, HuggingFaceSource, SourceConfig, WebDatasetSource
@@ -29,6 +30,8 @@ MAX_SIDECAR_BYTES = 1 << 20
 _BLOCK = 1 << 20
 # Members of a sample this close to each other are read at once: a request costs more than these bytes.
 _GAP = 64 << 10
+# Faults of the one path that was named, not of the storage.
+_UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
 # Results waiting for a slow one before them, in numbers of threads; their bytes are bounded by the budget.
 _AHEAD = 4
 
@@ -120,7 +123,7 @@ class Fetcher:
         if item.container is not None:
             return self._members(item)
         sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
-        if item.address.startswith(("http://", "https://")):
+        if scheme_of(item.address) in WEB:
             return Fetched(item, media=self._web.download(item.address, lease), sidecar=sidecar)
         return Fetched(item, media=self._file(item.address, item.size, lease), sidecar=sidecar)
 
@@ -230,8 +233,10 @@ def _first(waiting: deque[tuple[Future[Fetched], Lease]]) -> Iterator[Fetched]:
 def _reading(path: str) -> Iterator[None]:
     try:
         yield
-    except (PermissionError, IsADirectoryError) as error:
-        raise BadData("unreadable-file", f"{path}: {error.strerror}") from None
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise BadData("unreadable-file", f"{path}: {error.strerror}") from None
+        raise
 
 
 def _read_group(storage: Storage, path: str, group: list[Member]) -> dict[int, bytes]:

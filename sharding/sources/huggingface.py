@@ -8,12 +8,14 @@ run: its version 5 has no loading scripts any more, and builders other than thos
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from sharding.errors import BadData, StorageFault, UserError
+from sharding.sources.addresses import is_remote
 from sharding.sources.base import Hasher, Input, feed, texts_of
 from sharding.sources.config import HuggingFaceSource
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _BUILDERS = frozenset({"arrow", "csv", "imagefolder", "json", "parquet", "videofolder", "webdataset"})
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _ROWS_AT_ONCE = 256
+
+_opening = threading.Lock()
 
 
 class HuggingFaceListing:
@@ -43,8 +47,6 @@ class HuggingFaceListing:
         config = self._config
         rows = open_dataset(config)
         media = config.media_column or config.url_column
-        if not len(rows):
-            raise UserError(f"empty corpus: split {config.split} of {self.base} has no rows")
         columns = list(dict.fromkeys([media, *config.caption_columns]))
         number = 0
         for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
@@ -68,9 +70,10 @@ class HuggingFaceListing:
             if name is None and size is None:
                 return Input(address=place, problem="media-missing")
             return Input(address=place, captions=captions, not_text=not_text, size=size, row=number)
-        if name is None or "://" not in name or texts_of(name)[1]:
+        address = (name or "").strip()
+        if not is_remote(address) or texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
-        return Input(address=name.strip(), captions=captions, not_text=not_text)
+        return Input(address=address, captions=captions, not_text=not_text)
 
 
 class MediaRows:
@@ -85,7 +88,9 @@ class MediaRows:
         Raises:
             BadData: ``missing-file``, ``bad-address`` (a path outside the dataset), ``too-many-bytes``.
         """
-        cell = _media_rows(self._config.model_dump_json())[row][self._config.media_column]
+        with _opening:  # of many threads one opens it
+            rows = _media_rows(self._config.model_dump_json())
+        cell = rows[row][self._config.media_column]
         data, path = (cell, None) if isinstance(cell, bytes) else (cell["bytes"], cell["path"])
         place = f"{self._config.split}/{row}"
         if data is None and path is None:
@@ -154,7 +159,10 @@ def _load(config: HuggingFaceSource) -> Dataset:
 
     folder = None if config.path is None else _folder(config.path)
     if folder is not None and any((folder / name).is_file() for name in _SAVED):
-        found = datasets.load_from_disk(str(folder))
+        try:
+            found = datasets.load_from_disk(str(folder))
+        except IndexError:  # what the library makes of no data files
+            raise ValueError("it has no rows") from None
         if isinstance(found, datasets.Dataset):
             return found
         if config.split not in found:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.sources.addresses import is_remote
 from sharding.sources.base import Hasher, Input, feed, folder_and_name, texts_of
 from sharding.sources.config import TableSource
 from sharding.storage import Storage
@@ -158,11 +159,10 @@ class TableListing:
         if not isinstance(address, str) or not address.strip() or texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
         address = address.strip()
-        if "://" not in address:
-            if self._config.url_column is not None:
-                return Input(address=place, problem="bad-address")
-            if not address.startswith("/"):
-                address = posixpath.join(posixpath.dirname(path), address)
+        if self._config.url_column is not None and not is_remote(address):
+            return Input(address=place, problem="bad-address")
+        if "://" not in address and not address.startswith("/"):
+            address = posixpath.join(posixpath.dirname(path), address)
         captions: list[str] = []
         not_text = 0
         for column in self._config.caption_columns:

@@ -40,7 +40,7 @@ from sharding.storage import Storage
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# The headers of one tar are held: about 0.5 KB each.
+# The headers of one tar are in memory.
 MOST_MEMBERS = 1_000_000
 _HEADER = 512
 _SMALL, _LARGE = 64 << 10, 8 << 20
@@ -256,7 +256,7 @@ class _HeaderReader(io.RawIOBase):
         self._remote = storage.local_path(path) is None
         self._block, self._start = b"", 0
         self._position = 0
-        self._jumps = 0
+        self._headers = 0
 
     def readable(self) -> bool:
         return True
@@ -270,7 +270,6 @@ class _HeaderReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = base + offset
-        self._jumps += 1
         return self._position
 
     def readinto(self, buffer: WriteableBuffer) -> int:
@@ -278,6 +277,7 @@ class _HeaderReader(io.RawIOBase):
         length = max(0, min(len(view), self._size - self._position))
         if length == 0:
             return 0
+        self._headers += length == _HEADER
         begin = self._position - self._start
         if not 0 <= begin <= len(self._block) - length:
             self._start, begin = self._position, 0
@@ -290,8 +290,9 @@ class _HeaderReader(io.RawIOBase):
         return length
 
     def _window(self) -> int:
-        mean = self._position / max(1, self._jumps)
-        return _LARGE if self._remote and mean < _SMALL else _SMALL
+        # Local reads cost nothing, so nothing is read ahead of what members turn out to be.
+        small = self._headers > 8 and self._position / self._headers < _SMALL
+        return _LARGE if self._remote and small else _SMALL
 
 
 def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str], int]:

@@ -12,13 +12,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
 from sharding.errors import BadData
-from sharding.sources.addresses import public_address
 from sharding.sources.budget import ByteBudget, Cancelled, Lease
 from sharding.sources.config import FetchConfig
 from sharding.sources.connections import ConnectionPool, Origin, basic_authorization, cut
@@ -83,7 +81,7 @@ class Downloader:
         self._usual = float(_BLOCK)  # bytes of a body, a running mean
 
     def download(self, url: str, lease: Lease | None = None) -> bytes:
-        """The body at ``url``, with redirects followed.
+        """The body at ``url``, with redirects followed. Faults are told without the url: the caller has it.
 
         Args:
             lease: holds the bytes while they are in memory; it waits for room before it asks the host.
@@ -106,15 +104,11 @@ class Downloader:
                 lease.reserve(full.size)
                 continue
             except _Transient as fault:
-                wait = (
-                    min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-                    if fault.wait is None
-                    else fault.wait
-                )
+                wait = fault.wait
+                if wait is None:
+                    wait = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
                 if attempt == self._config.attempts or wait > self._config.timeout_s:
-                    raise BadData(fault.cause, f"{public_address(url)}: {fault.detail}") from None
-            except BadData as fault:
-                raise BadData(fault.cause, f"{public_address(url)}: {fault.detail}") from None
+                    raise BadData(fault.cause, fault.detail) from None
             else:
                 self._usual += (len(body) - self._usual) / 16
                 lease.reserve(len(body))
@@ -169,10 +163,14 @@ class Downloader:
             self._sleep(max(0.0, host.rests_until - time.monotonic()))
             connection, response, ticket = self._ask(target)
             try:
-                return self._read(response, target, lease, limit, page)
+                answer = self._read(response, target, lease, limit, page)
+                if ticket.expired:
+                    raise TimeoutError  # cut by the clock: a body without a length ends there as if it were whole
+                return answer
             except _Transient as fault:
                 if fault.wait is not None:
-                    host.rests_until = time.monotonic() + min(fault.wait, self._config.timeout_s)
+                    rest = time.monotonic() + min(fault.wait, self._config.timeout_s)
+                    host.rests_until = max(host.rests_until, rest)
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _understood(error, ticket.expired) from None
@@ -201,6 +199,7 @@ class Downloader:
             ticket = self._clock.lease(connection)
             try:
                 connection.request("GET", path, headers=headers)
+                ticket.socket = connection.sock
                 return connection, connection.getresponse(), ticket
             except BaseException as error:
                 self._clock.release(ticket)
@@ -313,12 +312,17 @@ def _retry_after(value: str | None) -> float | None:
 
 
 class _Ticket:
-    """One request in hand."""
+    """One request in hand. ``socket``: once it is connected; a response may outlive its connection's own."""
 
-    __slots__ = ("connection", "deadline", "expired")
+    __slots__ = ("connection", "deadline", "expired", "socket")
 
     def __init__(self, connection: http.client.HTTPConnection, deadline: float) -> None:
         self.connection, self.deadline, self.expired = connection, deadline, False
+        self.socket: socket.socket | None = None
+
+    def cut(self) -> None:
+        """Let the thread that waits for the host find the end of the connection."""
+        cut(self.socket or self.connection.sock)
 
 
 class _Clock:
@@ -336,6 +340,8 @@ class _Clock:
     def lease(self, connection: http.client.HTTPConnection) -> _Ticket:
         ticket = _Ticket(connection, time.monotonic() + self._seconds)
         with self._lock:
+            if self._stopped.is_set():
+                raise Cancelled
             self._tickets[id(ticket)] = ticket
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fetch-clock", daemon=True)
@@ -347,19 +353,20 @@ class _Clock:
             self._tickets.pop(id(ticket), None)
 
     def stop(self) -> None:
-        """End all requests in hand, and the thread."""
-        self._stopped.set()
-        for ticket in self._late(float("inf")):
-            cut(ticket.connection)
+        """Give out no more tickets, and end the requests in hand."""
+        with self._lock:
+            self._stopped.set()
 
     def _run(self) -> None:
         while not self._stopped.wait(min(1.0, self._seconds / 8)):
-            for ticket in self._late(time.monotonic()):
-                cut(ticket.connection)
+            self._cut_late(time.monotonic())
+        while self._cut_late(float("inf")):
+            time.sleep(0.05)  # one that is being connected cannot be cut yet
 
-    def _late(self, now: float) -> Iterator[_Ticket]:
+    def _cut_late(self, now: float) -> int:
         with self._lock:
             late = [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
-            for ticket in late:
-                ticket.expired = True
-        yield from late
+        for ticket in late:
+            ticket.expired = True
+            ticket.cut()
+        return len(late)

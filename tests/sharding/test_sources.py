@@ -167,9 +167,11 @@ def test_a_folder_of_tables_is_read_in_order_and_paths_are_relative_to_each(tmp_
 
 
 def test_url_columns_hold_urls_only(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"u": "a.png", "text": "x"}\n{"u": "http://h/a.png", "text": "x"}\n')
+    urls = ["a.png", "http://h/a.png", "HTTPS://h/a.png", "s3://b/a.png", "file:///etc/hostname", "/a.png"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"u": url, "text": "x"}) + "\n" for url in urls))
     inputs, _ = _list(_table(tmp_path / "t.jsonl", path_column=None, url_column="u"))
-    assert [item.problem for item in inputs] == ["bad-address", None]
+    bad = "bad-address"
+    assert [item.problem for item in inputs] == [bad, None, None, None, bad, bad]
 
 
 def test_the_plan_lists_the_inputs_of_each_task_and_is_made_once(tmp_path):

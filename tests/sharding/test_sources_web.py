@@ -86,10 +86,20 @@ def test_bodies_come_whole(web):
         assert downloader.download(f"{web.url}/unknown") == large
 
 
-@pytest.mark.parametrize("answer", [Answer(wait=3), Answer(drip=0.1), Answer(hold=threading.Event())])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(wait=3),
+        Answer(drip=0.1),
+        Answer(hold=threading.Event()),
+        Answer(b"x" * 100, drip_body=0.1),
+        Answer(b"x" * 100, drip_body=0.1, length=None),
+    ],
+)
 def test_a_host_that_stalls_or_drips_ends_in_time(web, answer):
     web.answers["/a"] = answer
     assert _cause(f"{web.url}/a", timeout_s=0.3, attempts=1) == "timed-out"
+    assert not web.finished["/a"]  # it was not waited for
 
 
 def test_a_time_out_is_tried_again_once(web):
@@ -120,12 +130,30 @@ def test_connections_are_kept_and_a_closed_one_is_replaced_without_a_try(web):
             downloader.download(f"{web.url}/{number}")
         assert web.connections == 1
         idle = next(iter(downloader._pool._idle))
-        connections.cut(idle)  # as a host does that is tired of waiting
+        connections.cut(idle.sock)  # as a host does that is tired of waiting
         assert downloader.download(f"{web.url}/11") == BODY
         with contextlib.suppress(BadData):
             downloader.download(f"{web.url}/missing")
         downloader.download(f"{web.url}/12")
     assert web.connections == 2
+
+
+def test_few_idle_connections_are_kept_and_none_after_the_end(web):
+    servers = [WebServer() for _ in range(6)]
+    try:
+        with _downloader(threads=2) as downloader:
+            for server in servers:
+                server.answers["/a"] = Answer()
+                downloader.download(f"{server.url}/a")
+            assert len(downloader._pool._idle) == 4  # twice the threads
+            kept = list(downloader._pool._idle)
+            late = downloader._pool.new(Origin(False, "127.0.0.1", web.port))
+            late.connect()
+        downloader._pool.give(Origin(False, "127.0.0.1", web.port), late)
+        assert [connection.sock for connection in (*kept, late)] == [None] * 5
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_no_more_requests_reach_a_host_at_once_than_allowed(web):
@@ -302,7 +330,7 @@ def test_the_address_that_was_judged_is_the_one_connected_to(monkeypatch, web):
     with _downloader(allow_private=False) as downloader:
         assert downloader.download(f"http://rebinding:{web.port}/ok") == BODY
         assert asked == ["rebinding"]  # once: what it would answer next does not matter
-        downloader._pool.close()
+        connections.cut(next(iter(downloader._pool._idle)).sock)  # so that it is asked again
         with pytest.raises(BadData, match="private-address"):
             downloader.download(f"http://rebinding:{web.port}/ok")
     assert web.seen["/ok"] == 1
@@ -365,6 +393,7 @@ def test_urls_are_encoded_where_they_are_not(web):
     with _downloader() as downloader:
         assert downloader.download(f"{web.url}/a b/é.jpg?q= x#part") == BODY
         assert downloader.download(f"{web.url}/%41") == BODY
+        assert downloader.download(f"HTTP{web.url.removeprefix('http')}/%41") == BODY
 
 
 def test_close_ends_what_is_in_hand(web):

@@ -1,7 +1,7 @@
 """Captions in one JSON file: COCO's own format, and Karpathy's splits.
 
-Such a file is one JSON value, so it is read whole: COCO's (118,287 images, 591,753 captions) has 91 MB and
-takes about 0.6 GB of memory while it is listed. Larger corpora are tables.
+Such a file is one JSON value, so it is read whole while it is listed, and may have ``LARGEST_JSON`` bytes at
+most. Larger corpora are tables.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.sources.addresses import is_remote
 from sharding.sources.base import Hasher, Input, feed, folder_and_name, texts_of
 from sharding.sources.config import CocoSource, KarpathySource
 from sharding.storage import Storage
 
-# Python's objects take about six times the bytes of the JSON they come from.
+# Python's objects take several times the bytes of the JSON they come from.
 LARGEST_JSON = 512 << 20
 
 
@@ -75,11 +76,12 @@ class CocoListing:
                 continue
             seen.add(key)
             texts, not_text = texts_of(captions.pop(key, []))
-            address, others = texts_of(image.get(field))
-            if len(address) != 1 or not address[0].strip() or others:
+            address = image.get(field)
+            good = is_remote if self._config.url_field else _is_below
+            if not isinstance(address, str) or texts_of(address)[1] or not good(address.strip()):
                 yield Input(address=place, problem="bad-address")
             else:
-                yield Input(address=address[0].strip(), captions=texts, not_text=not_text)
+                yield Input(address=address.strip(), captions=texts, not_text=not_text)
 
 
 class KarpathyListing:
@@ -118,11 +120,16 @@ def _karpathy_input(image: Any, place: str) -> Input:
     if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
         return Input(address=place, problem="bad-row")
     path = [image.get("filepath", ""), image.get("filename")]  # Flickr's files have no filepath
-    if texts_of(path)[1] or not path[1].strip():
+    if texts_of(path)[1] or not path[1].strip() or not _is_below("/".join(filter(None, path))):
         return Input(address=place, problem="bad-address")
     raw = [item.get("raw") if isinstance(item, dict) else item for item in image["sentences"]]
     texts, not_text = texts_of(raw)
     return Input(address="/".join(filter(None, path)), captions=texts, not_text=not_text)
+
+
+def _is_below(path: str) -> bool:
+    """Whether a name in the file is one below the images' folder, rather than anywhere on this machine."""
+    return bool(path) and not path.startswith("/") and "://" not in path
 
 
 def _read_json(folder: Storage, name: str) -> dict[str, Any]:
