@@ -43,7 +43,7 @@ _UPRIGHT = {
 _SCALED_LEAVES = 4
 # Warnings of libjpeg that tell of lost pixels; the others (odd markers, stray bytes between them) do not.
 _LOST_PIXELS = re.compile(r"Corrupt JPEG data(?!: \d+ extraneous)|Premature end|bad Huffman", re.IGNORECASE)
-_OWN_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_OWN_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
