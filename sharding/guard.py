@@ -65,7 +65,7 @@ class DecoderBug(RuntimeError):
     """The decoder raised what is neither bad data nor a shortage. The message holds the child's traceback."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One input on its way. ``done``: ``parts`` are all there, or ``fault`` says why there are none."""
 
@@ -126,6 +126,8 @@ class Guard:
             DecoderBug: the decoder has a bug, or its process cannot be started.
         """
         while not job.done:
+            if job not in self._waiting and all(job is not sent for sent, _ in self._sent):
+                raise RuntimeError("the guard was closed before the job was done")
             self._exchange(block=True)
         if job.fault is not None:
             raise job.fault

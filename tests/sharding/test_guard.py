@@ -215,7 +215,8 @@ def test_closing_ends_the_child_and_the_guard_can_be_used_again(guard):
     guard.close()
     assert _gone(pid)
     assert not guard.busy
-    assert not job.done
+    with pytest.raises(RuntimeError, match="closed"):
+        guard.result(job)
     assert _outcome(guard, b"again") == _good(b"again")
 
 
