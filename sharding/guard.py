@@ -52,7 +52,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "HO
 # time for a small JPEG.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
 _START_S = 120.0
-_STARTS = 3
+_STARTS = 5
 _BLOCK = 1 << 18
 _MAX_FACTS = 1 << 20
 # A part is a stored image or clip; more than this is nonsense.

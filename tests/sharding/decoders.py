@@ -42,6 +42,7 @@ class Misbehaving:
             os._exit(3)
         elif verb == "crash-once":
             yield {"part": 0}, b"a part that must not be given twice"
+            yield {"part": 1}, b"nor this one, which lets the first one go"
             if not Path(argument).exists():
                 Path(argument).touch()
                 os.kill(os.getpid(), signal.SIGKILL)

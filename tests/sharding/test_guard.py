@@ -151,7 +151,7 @@ def test_an_input_whose_process_was_killed_once_gives_what_it_always_gives(guard
     first = _outcomes(guard, inputs)
     assert (tmp_path / "killed").exists()
     assert first == _outcomes(guard, inputs)
-    assert len(first[1]) == 2
+    assert len(first[1]) == 3
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])

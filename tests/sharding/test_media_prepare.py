@@ -98,39 +98,24 @@ def test_an_image_dataset_of_frames_of_videos(tmp_path, videos, ray_session):
     assert decode_image(image).mean() == pytest.approx(5 * 25, abs=4)
 
 
-def _decoding_processes() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        if "sharding.guarded" in (process.info["cmdline"] or ()) and process.info["ppid"] != os.getpid():
-            found.append(process)
-    return found
-
-
-def _stop_decoders_now_and_then(over: threading.Event, killed: list[int]) -> None:
-    """Stop the decoding process of this session's Ray workers, each once."""
+def _kill_one_of_each_task_process(over: threading.Event, bereft: set[int]) -> None:
+    """Kill a decoding process of every Ray worker below this process, one of each."""
     while not over.wait(0.05):
-        for process in _decoding_processes():
-            if process.pid not in killed and _is_ours(process):
-                killed.append(process.pid)
+        for process in psutil.Process().children(recursive=True):
+            try:
+                task, command = process.ppid(), process.cmdline()
+            except psutil.NoSuchProcess:
+                continue
+            if "sharding.guarded" in command and task not in bereft | {os.getpid()}:
+                bereft.add(task)
                 os.kill(process.pid, signal.SIGKILL)
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        return os.getpid() in [parent.pid for parent in process.parents()] or _same_session(process)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _same_session(process: psutil.Process) -> bool:
-    return any(child.pid == process.ppid() for child in psutil.Process().children(recursive=True))
 
 
 def test_decoding_processes_that_are_killed_change_no_byte(tmp_path, videos, ray_session):
     reference = open_storage(tmp_path / "reference")
     expected = prepare("clips", _clips(videos), reference, in_flight=2)
-    over, killed = threading.Event(), []
-    thread = threading.Thread(target=_stop_decoders_now_and_then, args=(over, killed))
+    over, bereft = threading.Event(), set()
+    thread = threading.Thread(target=_kill_one_of_each_task_process, args=(over, bereft))
     thread.start()
     try:
         storage = open_storage(tmp_path / "out")
@@ -138,5 +123,5 @@ def test_decoding_processes_that_are_killed_change_no_byte(tmp_path, videos, ray
     finally:
         over.set()
         thread.join()
-    assert killed
+    assert bereft
     assert _tree(storage, prepared) == _tree(reference, expected)
