@@ -86,6 +86,11 @@ class Examiner:
             memory_mb=config.decode_memory_mb,
         )
 
+    @property
+    def decoding_process(self) -> int | None:
+        """Its id, while there is one."""
+        return self._guard.pid
+
     def examine(self, fetched: Fetched) -> Examined:
         """What a fetched input gives. The cheap questions come first: captions, header, pixels.
 

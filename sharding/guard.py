@@ -5,7 +5,7 @@ process. The child gets inputs through a socket and works on them in their order
 next ones and writes the former; what comes back is framed bytes and JSON, checked, never unpickled::
 
     parent   look 1  look 2  make 1  look 3  make 2 ...        several inputs are on their way
-    child            header 1  header 2  part 1 done 1  header 3  part 2 ...
+    child            header 1  header 2  part 1  header 3  part 2 ...
 
 Between the header and the making the parent is asked whether it wants the input: that is where filters run.
 
@@ -48,12 +48,17 @@ Part = tuple[dict[str, Any], bytes]
 Wanted = Callable[[dict[str, Any]], None]
 
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "HOME", "PYTHONHOME")
+# glibc gives large blocks back to the kernel at once, and each image then pays for its pages again: a third more
+# time for a small JPEG.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
 _START_S = 120.0
-_STARTS = 3
+_STARTS = 5
 _BLOCK = 1 << 18
 _MAX_FACTS = 1 << 20
 # A part is a stored image or clip; more than this is nonsense.
 _MAX_DATA = 1 << 32
+# Requests that the child has not answered: enough that it never waits, few enough for the socket's buffer.
+_AHEAD = 3
 # By the clock, an input may take so many times what it may take of CPU time.
 _PATIENCE = 4
 
@@ -62,7 +67,7 @@ class DecoderBug(RuntimeError):
     """The decoder raised what is neither bad data nor a shortage. The message holds the child's traceback."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One input on its way. ``done``: ``parts`` are all there, or ``fault`` says why there are none."""
 
@@ -123,6 +128,8 @@ class Guard:
             DecoderBug: the decoder has a bug, or its process cannot be started.
         """
         while not job.done:
+            if job not in self._waiting and all(job is not sent for sent, _ in self._sent):
+                raise RuntimeError("the guard was closed before the job was done")
             self._exchange(block=True)
         if job.fault is not None:
             raise job.fault
@@ -157,14 +164,14 @@ class Guard:
             if child.ended:
                 raise _Ended("decode-crashed")
             self._feed(child)
-            child.transfer(0.0)
+            child.write()
             if block and not came:
                 self._judge(child)
         except _Ended as end:
             self._bury(end.cause, end.detail)
 
     def _feed(self, child: _Child) -> None:
-        while self._waiting and self._suspect is None:
+        while self._waiting and self._suspect is None and len(self._sent) < _AHEAD:
             job = self._waiting.popleft()
             if job.deaths:
                 self._suspect = job
@@ -187,6 +194,8 @@ class Guard:
         if kind == guarded.HEADER and verb == guarded.LOOK:
             self._decide(child, job, facts)
         elif kind == guarded.DONE and verb == guarded.MAKE:
+            if facts:
+                job.parts.append((facts, data))
             self._finish(job)
         elif kind == guarded.BAD:
             self._finish(job, BadData(str(facts.get("cause")), str(facts.get("detail"))))
@@ -281,7 +290,9 @@ class _Child:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "sharding.guarded", str(theirs.fileno()), str(os.getpid())]
+        # Libraries warn of each odd file; what matters of it comes back as bad data.
+        options = ["-P", "-W", "ignore", "-m", "sharding.guarded"]
+        command = [sys.executable, *options, str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -308,20 +319,21 @@ class _Child:
             self._outgoing.append(memoryview(data))
 
     def transfer(self, timeout_s: float) -> bool:
-        """Write and read until nothing more can be; waits up to ``timeout_s`` for the first byte that comes."""
+        """Write what can be written, and read once; waits up to ``timeout_s``. Whether anything came."""
         deadline = time.monotonic() + timeout_s
-        came = False
         while True:
-            self._write()
-            came = self._read() or came
-            if self.ended:
-                return True
-            left = 0.0 if came else max(0.0, deadline - time.monotonic())
+            self.write()
+            left = max(0.0, deadline - time.monotonic())
             self._poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
-            if not self._poll.poll(left * 1000):
-                return came
+            events = self._poll.poll(left * 1000)
+            if not events:
+                return False
+            if events[0][1] & ~select.POLLOUT:
+                return self._read()
+            if not timeout_s:
+                return False
 
-    def _write(self) -> None:
+    def write(self) -> None:
         try:
             while self._outgoing:
                 sent = self._socket.sendmsg(list(self._outgoing)[:16])
@@ -414,7 +426,7 @@ def _environment() -> dict[str, str]:
     """The child's: where its modules are, one thread, and no credentials."""
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | _ALLOCATOR | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 _shared: dict[str, Guard] = {}

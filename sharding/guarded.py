@@ -32,7 +32,7 @@ REPLY = struct.Struct("<BQIQ")
 
 # Verbs: keep the bytes and read their header; make the parts of what was kept; forget what was kept.
 LOOK, MAKE, DROP = 1, 2, 3
-# Kinds: the child is ready; what a header says; one part; all parts came; bad data; out of memory; a bug.
+# Kinds: the child is ready; what a header says; a part; the last part, if any; bad data; out of memory; a bug.
 READY, HEADER, PART, DONE, BAD, MEMORY, BUG = range(1, 8)
 
 _PR_SET_PDEATHSIG = 1
@@ -102,9 +102,12 @@ def _serve(channel: _Channel, decoder: Decoder) -> None:
                 kept[number] = data
                 channel.reply(HEADER, number, decoder.header(data))
             elif verb == MAKE:
-                for facts, made in decoder.parts(kept.pop(number)):
-                    channel.reply(PART, number, facts, made)
-                channel.reply(DONE, number)
+                last: tuple[dict[str, Any] | None, bytes] = (None, b"")
+                for part in decoder.parts(kept.pop(number)):
+                    if last[0] is not None:
+                        channel.reply(PART, number, *last)
+                    last = part
+                channel.reply(DONE, number, *last)
             else:
                 del kept[number]
         except BadData as fault:

@@ -1,11 +1,10 @@
 """Images: probing, decoding, and the bytes a shard stores of one.
 
-Where the time of a 288-px JPEG shrunk to 256 goes (one thread): decoding 0.4 ms, resizing 1.2, encoding 0.2, the
-rest 0.2. JPEG is decoded and encoded by libjpeg-turbo (simplejpeg), everything else by PIL. Resizing is bicubic
-with antialiasing, of all the pixels: closer to a floating-point Lanczos or bicubic reference than OpenCV's
-INTER_AREA at every ratio that was tried (41.4 against 35.0 dB of PSNR at 288 -> 256, Lanczos reference). The
-decoder's own scaling (by 2, 4 or 8) costs more than that gains unless four times the target is left, so it is used
-for photographs of eight times the size and more.
+JPEG is decoded and encoded by libjpeg-turbo (simplejpeg), everything else by PIL. Resizing is bicubic with
+antialiasing, over all the pixels: it takes half of the time of a small JPEG, and is closer to a floating-point
+reference than OpenCV's INTER_AREA (``python -m benchmarks.media`` prints both: 43.4 against 36.8 dB of PSNR at 288 ->
+256). The decoder's own scaling (by 2, 4 or 8) loses more than that gains unless four times the target is left, so it
+is used for photographs of eight times the size and more.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _UPRIGHT = {
 _SCALED_LEAVES = 4
 # Warnings of libjpeg that tell of lost pixels; the others (odd markers, stray bytes between them) do not.
 _LOST_PIXELS = re.compile(r"Corrupt JPEG data(?!: \d+ extraneous)|Premature end|bad Huffman", re.IGNORECASE)
-_OWN_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_OWN_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from sharding.errors import BadData
@@ -20,10 +21,16 @@ class MediaDecoder:
     def __init__(self, image: dict[str, Any] | None, video: dict[str, Any] | None) -> None:
         self._image = None if image is None else ImageConfig.model_validate(image)
         self._video = None if video is None else VideoConfig.model_validate(video)
+        if self._reads_videos:
+            import_module("av")  # now, rather than within the time of the first input
 
     def header(self, data: bytes) -> dict[str, Any]:
         """The facts of a ``MediaInfo``, as the input's header claims them."""
         return self._header(data).facts()
+
+    @property
+    def _reads_videos(self) -> bool:
+        return self._image is None or self._image.frames is not None
 
     def _header(self, data: bytes) -> MediaInfo:
         if self._video is not None:
