@@ -33,7 +33,15 @@ from sharding.config import (
     VideoConfig,
 )
 from sharding.errors import BadDataLimit, StorageFault, UserError
-from sharding.manifest import MANIFEST_PATH, Counts, Manifest, ShardRecord, canonical_digest, load_manifest
+from sharding.manifest import (
+    MANIFEST_PATH,
+    REPORT_PATH,
+    Counts,
+    Manifest,
+    ShardRecord,
+    canonical_digest,
+    load_manifest,
+)
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
@@ -162,7 +170,7 @@ def prepare(
         TaskFailed: a task failed otherwise; the message names it.
     """
     from sharding.plan import make_plan, survey
-    from sharding.report_page import REPORT_PATH, report_page
+    from sharding.report_page import report_page
     from sharding.sources import open_source
     from sharding.stages import WORK, Work
     from sharding.summary import load_summary

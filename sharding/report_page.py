@@ -20,8 +20,6 @@ from sharding.report import is_choice
 from sharding.statistics import QUANTITIES, ROW_HEAD, Distribution, bin_edges, short_number
 from sharding.summary import Summary
 
-REPORT_PATH = "report.html"
-
 _PICTURE_BYTES = 1_200_000  # of all pictures; as text they are a third more
 _CAUSES = 40
 _TEXT = 240
@@ -30,7 +28,7 @@ _WIDTH, _HEIGHT, _BOTTOM = 320, 120, 18
 
 
 def report_page(manifest: Manifest, summary: Summary) -> str:
-    """The page as text; to be stored as ``report.html``."""
+    """The page as text; to be stored at ``REPORT_PATH``."""
     budget = _Budget(_PICTURE_BYTES)
     title = f"{manifest.name} — {manifest.modality} dataset"
     parts = [
