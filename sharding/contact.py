@@ -21,6 +21,7 @@ from sharding.errors import BadData
 from sharding.media import Encoded, decode_image, decode_video
 from sharding.seeds import derive_seed
 from sharding.sources.fetch import Fetched
+from sharding.sources.folder import parse_sidecar
 from sharding.storage import Storage
 
 #: Pictures on a whole sheet: of kept samples, and of dropped inputs of one cause.
@@ -37,7 +38,7 @@ _TEXT = 240
 
 @dataclass(frozen=True)
 class Picture:
-    """One sample or input: ``title`` is a caption (kept) or an address (dropped), ``detail`` says more.
+    """One sample or input: ``title`` is its caption, where it has one; ``detail`` says more, its address too.
 
     ``thumbnail``: a JPEG, empty where there is nothing to show. ``rank`` decides which pictures are chosen.
     """
@@ -128,19 +129,19 @@ class Collector:
         self._limits = _share(KEPT, tasks), _share(DROPPED, tasks)
         self._kept: list[_Chosen] = []
         self._dropped: dict[str, list[_Chosen]] = {}
-        self._passing: dict[int, bytes] = {}
+        self._passing: dict[int, Fetched] = {}
 
     def watch(self, inputs: Iterable[Fetched]) -> Iterator[Fetched]:
         """The inputs as they are; their bytes are at hand until a verdict on a later row is told."""
         for row, fetched in enumerate(inputs):
-            self._passing[row] = fetched.media
+            self._passing[row] = fetched
             yield fetched
 
     def keep(self, row: int, key: str, media: Encoded, captions: list[str], source: str) -> None:
         """Tell that a sample of the input of this row is kept."""
         self._forget_before(row)
         info = media.info
-        size = f"{info.width} × {info.height}, {len(media.data) / 1024:,.0f} KiB"
+        size = f"{info.width} × {info.height}, {len(media.data):,} bytes"
         moving = f", {info.frames} frames, {info.duration:.1f} s" if self._modality == "video" else ""
         picture = self._picture(key, captions[0], f"{size}{moving}, {source}")
         self._choose(self._kept, self._limits[0], picture, media.data)
@@ -149,8 +150,12 @@ class Collector:
         """Tell that the input of this row (or a part of it) is dropped. ``address`` holds no secret."""
         self._forget_before(row)
         chosen = self._dropped.setdefault(fault.cause, [])
-        picture = self._picture(f"{self._name}-{row:06d}", address, fault.detail)
-        self._choose(chosen, self._limits[1], picture, self._passing.get(row, b""))
+        fetched = self._passing.get(row)
+        detail = f"{address}: {fault.detail}"
+        picture = self._picture(
+            f"{self._name}-{row:06d}", "" if fetched is None else _first_caption(fetched), detail
+        )
+        self._choose(chosen, self._limits[1], picture, b"" if fetched is None else fetched.media)
 
     def sheet(self) -> ContactSheet:
         """What was chosen."""
@@ -183,6 +188,16 @@ class Collector:
     def _forget_before(self, row: int) -> None:
         for done in [number for number in self._passing if number < row]:
             del self._passing[done]
+
+
+def _first_caption(fetched: Fetched) -> str:
+    texts, sidecar = fetched.input.captions, fetched.input.sidecar
+    if fetched.sidecar is not None and sidecar is not None:
+        try:
+            texts, _ = parse_sidecar(fetched.sidecar, sidecar[sidecar.rindex(".") :])
+        except BadData:
+            return ""
+    return " ".join(texts[0].split()) if texts else ""
 
 
 def _share(limit: int, tasks: int) -> int:

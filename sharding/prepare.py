@@ -207,8 +207,10 @@ def prepare(
             shards=shards,
             counts=counts,
         )
-        # Before the manifest: where that is, the report is too.
         page = report_page(manifest, load_summary(work))
+        if dataset.exists(MANIFEST_PATH):  # of a quicker driver, which removed what the report is made of
+            raise FileNotFoundError(f"{dataset.url_of(WORK)} was removed")
+        # Before the manifest: where that is, the report is too.
         dataset.write_bytes(REPORT_PATH, page.encode("utf-8", "replace"))
         dataset.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
     except (TaskFailed, StorageFault, FileNotFoundError):

@@ -117,7 +117,7 @@ def _dropped_table(manifest: Manifest, summary: Summary) -> str:
         ]
         examples = "".join(f"<li><bdi>{_text(example)}</bdi></li>" for example in found[:3])
         rows.append(
-            f"<tr><td>{_text(cause)}</td><td><span class='{kind}'>{kind}</span></td>"
+            f"<tr><td class='cause'>{_text(cause)}</td><td><span class='{kind}'>{kind}</span></td>"
             f"<td class='n'>{number:,}</td><td class='n'>{share:.2%}</td><td><ul>{examples}</ul></td></tr>"
         )
     if len(ranked) > _CAUSES:
@@ -294,6 +294,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 14px;text-align:left;vertical-align:top;border-bottom:1px solid #f0f0ed}
 th{font-weight:600;color:#52606d;font-size:13px;background:#fbfbfa}
 .n{text-align:right;white-space:nowrap}
+.cause{white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}
 ul{margin:0;padding:0;list-style:none;font-size:13px;color:#52606d;overflow-wrap:anywhere}
 .bad,.filtered{font-size:12px;border-radius:9px;padding:1px 9px;background:#fdecea;color:#b42318}
