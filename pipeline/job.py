@@ -8,12 +8,12 @@ are found in the storage and not made twice.
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -29,15 +29,20 @@ from pipeline.evaluation.report import html_report, print_report, text_report
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.tracking import Tracker, environment_tags, flatten_params
+from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan, train
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
-from sharding.prepare import PreparedDataset, Progress, prepare
+from sharding.manifest import REPORT_PATH
+from sharding.prepare import PrepareConfig, PreparedDataset, Progress, prepare
 from sharding.report import closing_table
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
+
+#: Causes of dropping that the line of a running preparation names.
+_CAUSES_SHOWN = 3
 
 
 def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
@@ -91,11 +96,31 @@ def _open(job: JobConfig) -> Storage:
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
     prepared = {}
     for name, config in job.datasets.items():
-        with show_progress(console, f"preparing {name}") as task:
-            show = functools.partial(_show_preparation, task)
-            prepared[name] = prepare(name, config, storage, in_flight=_preparation_slots(), progress=show)
+        prepared[name] = _prepare_one(job, name, config, storage, console)
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
+    grid = Table.grid(padding=(0, 2))
+    for name, dataset in prepared.items():
+        grid.add_row(f"report of {name}", storage.at(dataset.path).url_of(REPORT_PATH))
+    console.print(grid, soft_wrap=True, highlight=False)
     return prepared
+
+
+def _prepare_one(
+    job: JobConfig, name: str, config: PrepareConfig, storage: Storage, console: Console
+) -> PreparedDataset:
+    slots = _preparation_slots()
+    with (
+        show_progress(console, f"preparing {name}", remaining=False) as task,
+        PreparationTracker(job.tracking.resolved(Path.cwd()), in_flight=slots) as tracker,
+    ):
+
+        def update(progress: Progress) -> None:
+            _show_preparation(task, progress)
+            tracker.update(progress)
+
+        dataset = prepare(name, config, storage, in_flight=slots, progress=update, on_start=tracker.start)
+        tracker.finish(dataset, storage.at(dataset.path))
+        return dataset
 
 
 def _preparation_slots() -> int:
@@ -105,12 +130,17 @@ def _preparation_slots() -> int:
 
 
 def _show_preparation(task: Task, progress: Progress) -> None:
-    if progress.phase == "duplicates":
+    if progress.phase in ("duplicates", "report"):
         return  # takes no time worth showing
-    note = f"{progress.phase}  {progress.rate:.0f} inputs/s"
-    dropped = sum(progress.counts.dropped.values())
+    note = f"{progress.phase}  {progress.rate:,.0f} inputs/s"
+    if progress.remaining_s is not None and progress.done < progress.total:
+        note += f"  {timedelta(seconds=round(progress.remaining_s))} left"
+    dropped = progress.counts.dropped
     if dropped:
-        note += f"  {dropped} dropped"
+        ranked = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+        causes = ", ".join(f"{cause} {number:,}" for cause, number in ranked[:_CAUSES_SHOWN])
+        more = ", ..." if len(ranked) > _CAUSES_SHOWN else ""
+        note += f"  {sum(dropped.values()):,} dropped ({causes}{more})"
     task.update(progress.done, note, total=progress.total or None)
 
 

@@ -56,8 +56,13 @@ class _Lines:
 
 
 @contextmanager
-def show_progress(console: Console, title: str, total: float | None = None) -> Iterator[Task]:
-    """A task on the console for the time of a ``with`` block."""
+def show_progress(
+    console: Console, title: str, total: float | None = None, *, remaining: bool = True
+) -> Iterator[Task]:
+    """A task on the console for the time of a ``with`` block.
+
+    ``remaining``: estimate the time that is left from how the bar moves; otherwise the notes say it.
+    """
     if not console.is_terminal:
         yield _Lines(console, title, total)
         return
@@ -66,8 +71,8 @@ def show_progress(console: Console, title: str, total: float | None = None) -> I
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        *([TimeRemainingColumn()] if remaining else []),
+        TextColumn("{task.fields[note]}", markup=False),
     ]
     with Progress(*columns, console=console, transient=False) as progress:
         yield _Bar(progress, progress.add_task(title, total=total, note=""))

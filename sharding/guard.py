@@ -429,24 +429,27 @@ def _environment() -> dict[str, str]:
     return kept | _ALLOCATOR | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-_shared: dict[str, Guard] = {}
+# decoder: (its arguments, guard)
+_shared: dict[str, tuple[str, Guard]] = {}
 
 
 def shared_guard(decoder: str, settings: dict[str, Any], *, timeout_s: float, memory_mb: float) -> Guard:
     """The guard of this process for these arguments: kept, so that the next task finds its child running.
 
-    One at a time: other arguments end the guard before.
+    One a decoder: other arguments end the one before.
     """
-    key = json.dumps([decoder, settings, timeout_s, memory_mb], sort_keys=True)
-    if key not in _shared:
-        for guard in _shared.values():
-            guard.close()
-        _shared.clear()
-        _shared[key] = Guard(decoder, settings, timeout_s=timeout_s, memory_mb=memory_mb)
-    return _shared[key]
+    key = json.dumps([settings, timeout_s, memory_mb], sort_keys=True)
+    kept = _shared.get(decoder)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    if kept is not None:
+        kept[1].close()
+    guard = Guard(decoder, settings, timeout_s=timeout_s, memory_mb=memory_mb)
+    _shared[decoder] = key, guard
+    return guard
 
 
 @atexit.register
 def _close_shared() -> None:
-    for guard in _shared.values():
+    for _, guard in _shared.values():
         guard.close()

@@ -7,6 +7,7 @@ A dataset is a folder of the job's storage::
     000000.tar           a plain WebDataset shard
     000000.parquet       its index (sharding/index.py)
     commits/000000.json  the commit record of a task: the shard exists when this does
+    report.html          what was kept and dropped, for people (sharding/report_page.py)
     manifest.json        written last: the dataset exists when this does
 
 Dropping samples later never rewrites a tar: ``dropped_keys`` is an overlay over the shards.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sharding.storage import Storage
 
 MANIFEST_PATH = "manifest.json"
+REPORT_PATH = "report.html"
 
 Modality = Literal["image", "video"]
 

@@ -2,11 +2,15 @@
 
 ::
 
-    survey -> plan -> encode (a task a shard) -> duplicates -> write -> manifest
+    survey -> plan -> encode (a task a shard) -> duplicates -> write -> report -> manifest
 
 The driver lists the source, starts Ray tasks (at most ``in_flight`` at a time) and adds up their records;
 media are only opened in tasks. Killed at any moment and run again, it goes on from what is recorded and ends
-with the same bytes.
+with the same bytes. What earlier runs recorded is read by the driver itself, many records at a time; of each task
+it keeps the record of its shard (about 1.5 kB), so 10^5 tasks take some 150 MB of it, and more samples none.
+
+Two drivers may prepare the same dataset at once: every task writes the same bytes whoever runs it, and whole or
+not at all; the slower driver finds the manifest that the quicker one wrote, and returns it.
 """
 
 from __future__ import annotations
@@ -14,13 +18,21 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sharding.config import FilterConfig, ImageConfig, PrepareConfig, VideoConfig
 from sharding.errors import BadDataLimit, StorageFault, UserError
-from sharding.manifest import MANIFEST_PATH, Counts, Manifest, ShardRecord, canonical_digest, load_manifest
+from sharding.manifest import (
+    MANIFEST_PATH,
+    REPORT_PATH,
+    Counts,
+    Manifest,
+    ShardRecord,
+    canonical_digest,
+    load_manifest,
+)
 from sharding.sources.config import (
     CocoSource,
     FetchConfig,
@@ -44,6 +56,7 @@ __all__ = [
     "HuggingFaceSource",
     "ImageConfig",
     "KarpathySource",
+    "Preparation",
     "PrepareConfig",
     "PreparedDataset",
     "Progress",
@@ -72,14 +85,35 @@ class PreparedDataset:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """A preparation that is about to start its tasks, as ``on_start`` is told.
+
+    Args:
+        dataset: the dataset's folder; what is below ``work/`` is removed when the dataset is finished.
+        configuration: the JSON value that decides what the dataset holds, and its sha256.
+        source: the url, the number of inputs and the digest of their listing.
+    """
+
+    name: str
+    dataset: Storage
+    configuration: dict[str, Any]
+    configuration_digest: str
+    source: dict[str, Any]
+    tasks: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where the preparation stands, after each task.
 
     Args:
-        phase: ``"listing"``, ``"encode"``, ``"duplicates"`` or ``"write"``.
+        phase: ``"listing"``, ``"encode"``, ``"duplicates"``, ``"write"`` or ``"report"``.
         done, total: tasks of this phase (inputs while listing, whose total is not known: 0).
         counts: of the tasks that are done.
         seconds: since this phase began.
+        bytes: of the shards that the tasks of this phase wrote, and of their indexes.
+        found, found_inputs: the part of ``done`` that an earlier run had done, and the samples read by it; the
+            rate and the time that is left are without them.
     """
 
     phase: str
@@ -87,12 +121,23 @@ class Progress:
     total: int
     seconds: float
     counts: Counts = field(default_factory=Counts)
+    bytes: int = 0
+    found: int = 0
+    found_inputs: int = 0
 
     @property
     def rate(self) -> float:
-        """Inputs a second in this phase (0 for ``"duplicates"``, which sees none)."""
-        read = self.done if self.phase == "listing" else self.counts.read
-        return read / self.seconds if self.seconds > 0 else 0.0
+        """Inputs a second in this phase, of this run (0 for ``"duplicates"`` and ``"report"``, which see none)."""
+        if self.seconds <= 0 or self.phase in ("duplicates", "report"):
+            return 0.0
+        read = self.done if self.phase == "listing" else self.counts.read - self.found_inputs
+        return read / self.seconds
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until this phase ends, if it goes on as it did; None while nothing tells."""
+        done = self.done - self.found
+        return (self.total - self.done) * self.seconds / done if done and self.total else None
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -111,6 +156,7 @@ def prepare(
     *,
     in_flight: int,
     progress: ProgressCallback | None = None,
+    on_start: Callable[[Preparation], None] | None = None,
 ) -> PreparedDataset:
     """Make the dataset, or go on making it, or return it when it is there and its source lists the same.
 
@@ -119,6 +165,7 @@ def prepare(
     Args:
         in_flight: Ray tasks (one CPU each) at a time.
         progress: called in this thread after each task.
+        on_start: called once before the first task; not for a dataset that is there already.
 
     Raises:
         UserError: the source is missing, empty or not as configured; nothing is left of it.
@@ -128,8 +175,10 @@ def prepare(
         TaskFailed: a task failed otherwise; the message names it.
     """
     from sharding.plan import make_plan, survey
+    from sharding.report_page import report_page
     from sharding.sources import open_source
     from sharding.stages import WORK, Work
+    from sharding.summary import load_summary
 
     if not _NAME.fullmatch(name):
         raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
@@ -145,27 +194,42 @@ def prepare(
         return PreparedDataset(path, manifest)
     dataset.check(write=True)
     work = Work(dataset, config, make_plan(source, found, config, dataset))
-    shards, counts = _run_stages(work, in_flight, tell)
-    if not shards:
-        raise UserError(
-            f"nothing is left of {found.inputs} inputs of {found.url}: {_by_cause(counts.dropped)}"
+    identity, origin = config.identity(), found.model_dump(mode="json")
+    if on_start is not None:
+        on_start(Preparation(name, dataset, identity, config.digest, origin, work.plan.tasks))
+    try:
+        shards, counts = _run_stages(work, in_flight, tell)
+        if not shards:
+            raise UserError(
+                f"nothing is left of {found.inputs} inputs of {found.url}: {_by_cause(counts.dropped)}"
+            )
+        manifest = Manifest(
+            name=name,
+            modality=config.modality,
+            configuration=identity,
+            configuration_digest=config.digest,
+            source=origin,
+            shards=shards,
+            counts=counts,
         )
-    manifest = Manifest(
-        name=name,
-        modality=config.modality,
-        configuration=config.identity(),
-        configuration_digest=config.digest,
-        source=found.model_dump(mode="json"),
-        shards=shards,
-        counts=counts,
-    )
-    dataset.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
+        page = report_page(manifest, load_summary(work))
+        if dataset.exists(MANIFEST_PATH):  # of a quicker driver, which removed what the report is made of
+            raise FileNotFoundError(f"{dataset.url_of(WORK)} was removed")
+        # Before the manifest: where that is, the report is too.
+        dataset.write_bytes(REPORT_PATH, page.encode("utf-8", "replace"))
+        dataset.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
+    except (TaskFailed, StorageFault, FileNotFoundError):
+        # Another driver that prepares the same dataset was quicker and removed what is only needed on the way.
+        if not dataset.exists(MANIFEST_PATH):
+            raise
+        manifest = load_manifest(dataset)
     dataset.delete(WORK, recursive=True)
     return PreparedDataset(path, manifest)
 
 
 def _run_stages(work: Work, in_flight: int, tell: ProgressCallback) -> tuple[list[ShardRecord], Counts]:
     from sharding import stages
+    from sharding.summary import groups, summarise
 
     pool = _Tasks(work, in_flight)
     limit = _BadLimit(work)
@@ -176,7 +240,11 @@ def _run_stages(work: Work, in_flight: int, tell: ProgressCallback) -> tuple[lis
         limit.add(record)
 
     try:
-        pool.run(stages.encode, range(work.plan.tasks), encoded)
+        for record in stages.recorded_tasks(work, committed=not work.exchanges):
+            tally.find(record)
+            limit.add(record)
+        tally.begin()
+        pool.run(stages.encode, tally.missing(), encoded)
     except BadDataLimit:
         limit.forget()
         raise
@@ -184,7 +252,13 @@ def _run_stages(work: Work, in_flight: int, tell: ProgressCallback) -> tuple[lis
         exchange = _Tally("duplicates", work.plan.buckets, tell, tally.counts)
         pool.run(stages.find_duplicates, range(work.plan.buckets), lambda _: exchange.step())
         tally = _Tally("write", work.plan.tasks, tell)
-        pool.run(stages.commit, range(work.plan.tasks), tally.add)
+        for record in stages.recorded_tasks(work, committed=True):
+            tally.find(record)
+        tally.begin()
+        pool.run(stages.commit, tally.missing(), tally.add)
+    if tally.shards:
+        report = _Tally("report", groups(work.plan.tasks), tell, tally.counts)
+        pool.run(summarise, range(groups(work.plan.tasks)), lambda _: report.step())
     return [tally.shards[task] for task in sorted(tally.shards)], tally.counts
 
 
@@ -195,18 +269,56 @@ class _Tally:
         self.counts = counts or Counts()
         self.shards: dict[int, ShardRecord] = {}
         self._phase, self._total, self._tell = phase, total, tell
-        self._done, self._started = 0, time.monotonic()
+        self._done, self._bytes = bytearray(total), 0  # a byte a task
+        self._steps = self._found = self._found_inputs = 0
+        self._started = time.monotonic()
+
+    def find(self, record: TaskRecord) -> None:
+        """Add what an earlier run did."""
+        self._take(record)
+
+    def begin(self) -> None:
+        """Time counts from here: what is done was found."""
+        self._found, self._found_inputs = self._steps, self.counts.read
+        self._started = time.monotonic()
+        if self._found:
+            self._report()
 
     def add(self, record: TaskRecord) -> None:
+        self._take(record)
+        if record.shard is not None:
+            self._bytes += record.shard.bytes + record.shard.index_bytes
+        self._report()
+
+    def step(self) -> None:
+        self._steps += 1
+        self._report()
+
+    def missing(self) -> Iterator[int]:
+        """The tasks that are not done, in order."""
+        return (task for task in range(self._total) if not self._done[task])
+
+    def _take(self, record: TaskRecord) -> None:
         self.counts = self.counts.plus(record.counts)
         if record.shard is not None:
             self.shards[record.task] = record.shard
-        self.step()
+        self._done[record.task] = 1
+        self._steps += 1
 
-    def step(self) -> None:
-        self._done += 1
+    def _report(self) -> None:
         seconds = time.monotonic() - self._started
-        self._tell(Progress(self._phase, self._done, self._total, seconds, self.counts))
+        self._tell(
+            Progress(
+                self._phase,
+                self._steps,
+                self._total,
+                seconds,
+                self.counts,
+                self._bytes,
+                self._found,
+                self._found_inputs,
+            )
+        )
 
 
 class _BadLimit:
@@ -287,8 +399,12 @@ class _Tasks:
         try:
             result = ray.get(finished[0])
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError | StorageFault):
-                raise type(error.cause)(str(error.cause)) from None
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            if isinstance(error.cause, StorageFault):
+                raise StorageFault(f"{place}: {error.cause}") from None
+            if isinstance(error.cause, OSError) and error.cause.strerror:
+                raise TaskFailed(f"{place}: {error.cause.strerror}") from error
             raise TaskFailed(f"{place} failed: {error.cause!r}") from error
         except ray.exceptions.WorkerCrashedError as error:
             raise TaskFailed(f"{place}: its process died in each of {self._retries + 1} tries") from error

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def is_choice(cause: str) -> bool:
+    """Whether the configuration chose to leave such samples out; otherwise they are bad."""
+    return cause in CHOSEN
+
+
 def closing_table(manifests: Iterable[Manifest]) -> Table:
     """One row a dataset; bad data and what the filters chose to drop are told apart, each by cause."""
     from rich.table import Table
@@ -23,8 +28,8 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
     table.add_column("digest")
     manifests = list(manifests)
     causes = {
-        "filtered": [{c: n for c, n in m.counts.dropped.items() if c in CHOSEN} for m in manifests],
-        "bad": [{c: n for c, n in m.counts.dropped.items() if c not in CHOSEN} for m in manifests],
+        "filtered": [{c: n for c, n in m.counts.dropped.items() if is_choice(c)} for m in manifests],
+        "bad": [{c: n for c, n in m.counts.dropped.items() if not is_choice(c)} for m in manifests],
         "captions left out": [m.counts.captions_dropped for m in manifests],
     }
     shown = {what: counts for what, counts in causes.items() if any(counts)}

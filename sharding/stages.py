@@ -20,17 +20,21 @@ from __future__ import annotations
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sharding.candidate import Examiner
 from sharding.config import PrepareConfig
-from sharding.errors import BadData
+from sharding.contact import Collector, ContactSheet
+from sharding.errors import BadData, UserError
 from sharding.filters import CHOSEN
 from sharding.filters.duplicates import digest_words, later_copies
 from sharding.index import IndexRow, read_index
@@ -45,8 +49,11 @@ from sharding.writer import ShardWriter, copy_without, publish
 WORK = "work"
 _STAGED = f"{WORK}/staged"
 _DUPLICATES = f"{WORK}/duplicates"
+_CONTACT = f"{WORK}/contact"
 _COMMITS = "commits"
 _EXAMPLES = 3
+_READERS = 16
+_READ_AHEAD = 1024
 
 _COPY_SCHEMA = pa.schema([pa.field("task", pa.int32()), pa.field("row", pa.int32())])
 
@@ -89,11 +96,41 @@ def _record_path(task: int, committed: bool) -> str:
     return f"{_COMMITS if committed else _STAGED}/{shard_name(task)}.json"
 
 
+def contact_path(task: int, committed: bool) -> str:
+    """Where a task's contact sheet lies: of its staged samples, or of those that are kept in the end."""
+    return f"{_CONTACT}/{'committed' if committed else 'staged'}/{shard_name(task)}.json"
+
+
 def _recorded(dataset: Storage, path: str) -> TaskRecord | None:
     try:
         return TaskRecord.model_validate(dataset.read_json(path))
     except FileNotFoundError:
         return None
+    except ValidationError as error:
+        url, problem = dataset.url_of(path), error.errors()[0]["msg"]
+        raise UserError(
+            f"{url} is no record of a task ({problem}): remove it, and the task is done again"
+        ) from None
+
+
+def committed_record(work: Work, task: int) -> TaskRecord:
+    """The record of a committed task. FileNotFoundError (with the url) where it is not committed."""
+    return TaskRecord.model_validate(work.dataset.read_json(_record_path(task, committed=True)))
+
+
+def recorded_tasks(work: Work, committed: bool) -> Iterator[TaskRecord]:
+    """The records that earlier runs left, in the order of the tasks: one listing, then a few reads at a time.
+
+    A re-run takes them from here rather than starting a task for each, of which there may be 10^5.
+
+    Raises:
+        UserError: one is no record; names its url.
+    """
+    folder = _record_path(0, committed).rpartition("/")[0]
+    paths = (file.path for file in work.dataset.list(folder) if file.path.endswith(".json"))
+    with ThreadPoolExecutor(_READERS) as pool:
+        while chunk := list(islice(paths, _READ_AHEAD)):
+            yield from (record for record in pool.map(partial(_recorded, work.dataset), chunk) if record)
 
 
 def encode(work: Work, task: int) -> TaskRecord:
@@ -103,19 +140,23 @@ def encode(work: Work, task: int) -> TaskRecord:
     record = _recorded(work.dataset, path)
     if record is not None:
         return record
+    pictures = Collector(shard_name(task), work.config.modality, work.config.input_modality, work.plan.tasks)
     with tempfile.TemporaryDirectory(prefix="glscl-prepare-") as folder:
         with ShardWriter(Path(folder) / "shard.tar") as writer:
-            counts, examples = _write_candidates(work, task, writer)
+            counts, examples = _write_candidates(work, task, writer, pictures)
         shard = None
         if writer.rows:
             name = shard_name(task)
             shard = publish(writer, work.dataset, name if committed else f"{_STAGED}/{name}")
+    pictures.sheet().save(work.dataset, contact_path(task, committed))
     record = TaskRecord(task=task, shard=shard, counts=counts, examples=examples)
     work.dataset.write_json(path, record.model_dump(mode="json"))
     return record
 
 
-def _write_candidates(work: Work, task: int, writer: ShardWriter) -> tuple[Counts, dict[str, list[str]]]:
+def _write_candidates(
+    work: Work, task: int, writer: ShardWriter, pictures: Collector
+) -> tuple[Counts, dict[str, list[str]]]:
     examiner = Examiner(work.config)
     fetcher = open_fetcher(work.config, work.dataset, work.plan.source.url)
     dropped: Counter[str] = Counter()
@@ -124,30 +165,33 @@ def _write_candidates(work: Work, task: int, writer: ShardWriter) -> tuple[Count
     seen: set[str] = set()
     inputs = 0
 
-    def note(fault: BadData, source: Input) -> None:
+    def note(fault: BadData, row: int, source: Input) -> None:
+        address = public_address(source.address)
+        pictures.drop(row, address, fault)
         if len(examples[fault.cause]) < _EXAMPLES:
-            examples[fault.cause].append(f"{public_address(source.address)}: {fault.detail}")
+            examples[fault.cause].append(f"{address}: {fault.detail}")
 
-    examined_inputs = examiner.examine_all(fetcher.fetch_all(read_inputs(work.dataset, task)))
-    for row, (source, examined) in enumerate(examined_inputs):
+    fetched = pictures.watch(fetcher.fetch_all(read_inputs(work.dataset, task)))
+    for row, (source, examined) in enumerate(examiner.examine_all(fetched)):
         inputs += 1
         if isinstance(examined, BadData):
             dropped[examined.cause] += 1
-            note(examined, source)
+            note(examined, row, source)
             continue
         dropped.update(examined.dropped)
         for fault in examined.faults:
-            note(fault, source)
+            note(fault, row, source)
         for candidate in examined.candidates:
             if candidate.sha256 in seen:
                 dropped["duplicate"] += 1
-                note(BadData("duplicate", "the same bytes came before"), source)
+                note(BadData("duplicate", "the same bytes came before"), row, source)
                 continue
             if work.config.filters.duplicates == "drop":
                 seen.add(candidate.sha256)
             captions_dropped.update(candidate.captions_dropped)
             key = f"{shard_name(task)}-{row:06d}"
             key = key if candidate.part is None else f"{key}-{candidate.part:04d}"
+            pictures.keep(row, key, candidate.media, candidate.captions, candidate.source)
             writer.add(key, candidate.media, candidate.captions, candidate.sha256, candidate.source)
     counts = Counts(
         inputs=inputs,
@@ -210,6 +254,11 @@ def commit(work: Work, task: int) -> TaskRecord:
             shard = _without(work.dataset, task, staged.shard, tar, copies)
     found = {"duplicate": len(copies)} if copies else {}
     counts = staged.counts.plus(Counts(kept=-len(copies), dropped=found))
+    sheet = ContactSheet.load(work.dataset, contact_path(task, committed=False))
+    if copies:
+        keys = _staged_index(work.dataset, task).column("key").to_pylist()
+        sheet = sheet.without({keys[row]: "duplicate" for row in copies})
+    sheet.save(work.dataset, contact_path(task, committed=True))
     record = TaskRecord(task=task, shard=shard, counts=counts, examples=staged.examples)
     work.dataset.write_json(path, record.model_dump(mode="json"))
     work.dataset.delete(tar)
@@ -223,9 +272,12 @@ def _copies_of(work: Work, task: int) -> Iterator[int]:
         yield from rows[copies.column("task").to_numpy() == task].tolist()
 
 
+def _staged_index(dataset: Storage, task: int) -> pa.Table:
+    return read_index(dataset.read_bytes(f"{_STAGED}/{shard_name(task)}.parquet"))
+
+
 def _without(dataset: Storage, task: int, staged: ShardRecord, tar: str, copies: set[int]) -> ShardRecord:
-    index = read_index(dataset.read_bytes(f"{_STAGED}/{shard_name(task)}.parquet"))
-    rows = [IndexRow(**row) for row in index.to_pylist()]
+    rows = [IndexRow(**row) for row in _staged_index(dataset, task).to_pylist()]
     with tempfile.TemporaryDirectory(prefix="glscl-prepare-") as folder:
         source = Path(folder) / "staged.tar"
         dataset.download(tar, source, size=staged.bytes, sha256=staged.sha256)

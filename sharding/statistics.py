@@ -39,25 +39,29 @@ _SHARDS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that each sample has: ``label`` and ``unit`` for people; ``linear`` bins where it may be negative."""
+    """A number that each sample has: ``label`` and ``unit`` for people; ``linear`` bins where it may be negative.
+
+    ``whole``: always a whole number, and so are its quantiles.
+    """
 
     label: str
     unit: str = ""
     linear: bool = False
+    whole: bool = True
 
 
 #: By the name under which ``Statistics.distributions`` has them, in the order in which they are shown.
 QUANTITIES: Mapping[str, Quantity] = {
     "width": Quantity("width", "px"),
     "height": Quantity("height", "px"),
-    "aspect": Quantity("aspect (width / height)"),
+    "aspect": Quantity("aspect (width / height)", whole=False),
     "frames": Quantity("frames"),
-    "duration": Quantity("duration", "s"),
+    "duration": Quantity("duration", "s", whole=False),
     "caption_length": Quantity("caption", "characters"),
     "caption_words": Quantity("caption", "words"),
     "captions": Quantity("captions a sample"),
     "media_size": Quantity("media", "bytes"),
-    "score": Quantity("score", linear=True),
+    "score": Quantity("score", linear=True, whole=False),
 }
 
 
@@ -201,10 +205,10 @@ class Statistics:
         for name, found in self.distributions.items():
             quantity = QUANTITIES[name]
             label = f"{quantity.label}, {quantity.unit}" if quantity.unit else quantity.label
-            values = (
-                found.smallest, found.quantile(0.05), found.quantile(0.5), found.mean,
-                found.quantile(0.95), found.largest,
-            )  # fmt: skip
+            low, middle, high = (found.quantile(share) for share in (0.05, 0.5, 0.95))
+            if quantity.whole:
+                low, middle, high = math.floor(low), math.floor(middle), math.floor(high)
+            values = (found.smallest, low, middle, found.mean, high, found.largest)
             yield (label, *(short_number(value) for value in values))
 
     def to_json(self) -> dict[str, Any]:

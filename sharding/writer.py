@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +49,12 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self._tar.close()
+                with self._writing():
+                    self._tar.close()
+                    self._file.flush()
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a file that could not be written: told above
+                self._file.close()
 
     def add(self, key: str, media: Encoded, captions: list[str], sha256: str, source: str) -> None:
         """One sample. ``sha256`` and ``source`` are those of the file it was made of."""
@@ -108,9 +112,18 @@ class ShardWriter:
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(data), 0o444
         member.uname = member.gname = _OWNER
-        self._tar.addfile(member, io.BytesIO(data))
+        with self._writing():
+            self._tar.addfile(member, io.BytesIO(data))
         blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._file.tell() - blocks
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk is told with the path that it fails for."""
+        try:
+            yield
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write {self.path}: {error.strerror}") from None
 
 
 def copy_without(source: BinaryIO, rows: Iterable[IndexRow], dropped: set[int], writer: ShardWriter) -> None:

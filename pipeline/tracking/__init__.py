@@ -1,5 +1,6 @@
-"""MLflow: one run per training, over restarts and over failures of the server. Imports MLflow only when
-used.
+"""MLflow: one run per training and one per preparation, over restarts and over failures of the server.
+
+Imports MLflow only when used; ``preparation`` is not imported here, since it brings the sharding code.
 """
 
 from pipeline.tracking.config import TrackingConfig

@@ -181,6 +181,12 @@ class RunResults:
         self._client.log_text(self._run.run_id, html, "evaluation/report.html")
         self._client.log_text(self._run.run_id, text, "evaluation/report.txt")
 
+    def log_dataset(self, report: str, tags: Mapping[str, str]) -> None:
+        """A finished preparation: its report as artifact ``report.html``, and tags such as the dataset's digest."""
+        self._client.log_text(self._run.run_id, report, "report.html")
+        for name, value in tags.items():
+            self._client.set_tag(self._run.run_id, name, value)
+
     def _search_models(self) -> list[LoggedModel]:
         models: list[LoggedModel] = []
         token: str | None = None

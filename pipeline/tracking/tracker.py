@@ -43,7 +43,7 @@ class Tracker:
         existing_run_id: noted in ``run.json`` by an earlier life.
         wait_s: how long to wait here for the first answer of the server. After that the training starts
             without
-            one, with a clear warning, and the run is made when the server comes.
+            one, with a clear warning, and the run is made when the server comes. 0: not at all.
         on_open: told the handle once the run exists (to note its id); called from the background thread.
     """
 
@@ -74,8 +74,7 @@ class Tracker:
         self._attempted = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlflow-results", daemon=True)
         self._thread.start()
-        self._attempted.wait(wait_s)
-        if not self._attempted.is_set():
+        if wait_s and not self._attempted.wait(wait_s):
             self._warn("no answer yet")
 
     @property
@@ -103,6 +102,10 @@ class Tracker:
     def report(self, html: str, text: str) -> None:
         """Stores the evaluation report with the run."""
         self._add("evaluation report", lambda r: r.log_report(html, text))
+
+    def dataset(self, report: str, tags: Mapping[str, str]) -> None:
+        """Stores the closing report of a preparation (HTML), and tags, with the run."""
+        self._add("preparation report", lambda r: r.log_dataset(report, tags))
 
     def leftovers(self, spool: Storage) -> None:
         """Sends the metrics that a :class:`MetricLogger` could only keep in ``spool``.

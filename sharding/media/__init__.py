@@ -13,6 +13,7 @@ The same input gives the same output bytes: one encoder thread, no time stamps.
 ``video``           reading clips: their containers, packets, frames
 ``transcode``       clips to H.264
 ``frames``          images taken from clips
+``thumbnails``      small pictures for people
 ``worker``          what runs of all this in the decoding process (``sharding.guard``)
 ==================  ===================================================================================
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,17 @@ def _breaks_shards(work, bucket):
     return found
 
 
+def _has_a_full_disk(work, task):
+    """Files of this process may not grow beyond 4 KiB, as on a disk that is full."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if task == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    try:
+        return real_encode(work, task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
 def _is_refused(work, task):
     raise UserError("the key was refused by s3://bucket")
 
@@ -265,6 +277,56 @@ def test_a_task_whose_process_always_dies_is_named(tmp_path, corpus, ray_session
     monkeypatch.setattr(stages, "encode", _dies_always)
     with pytest.raises(TaskFailed, match=r"task 000001 .*process died in each of 2 tries"):
         prepare("pairs", _config(corpus, task_retries=1), open_storage(tmp_path / "out"), in_flight=2)
+
+
+def test_a_full_disk_names_the_task_and_the_path_and_a_rerun_goes_on(
+    tmp_path, corpus, ray_session, monkeypatch
+):
+    storage = open_storage(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "encode", _has_a_full_disk)
+        with pytest.raises(
+            TaskFailed, match=r"task 000002 .*: cannot write /.*glscl-prepare-.*: File too large"
+        ):
+            prepare("pairs", _config(corpus), storage, in_flight=1)
+    phases = []
+    prepared = prepare("pairs", _config(corpus), storage, in_flight=1, progress=phases.append)
+    first = next(step for step in phases if step.phase == "encode")
+    assert (first.done, first.found, first.found_inputs, first.rate) == (2, 2, 16, 0)
+    reference = open_storage(tmp_path / "reference")
+    expected = prepare("pairs", _config(corpus), reference, in_flight=1)
+    assert _files(storage, prepared.path) == _files(reference, expected.path)
+
+
+def test_a_damaged_record_is_named(tmp_path, corpus, ray_session, monkeypatch):
+    storage = open_storage(tmp_path / "out")
+    monkeypatch.setattr(stages, "find_duplicates", _has_a_bug)
+    with pytest.raises(TaskFailed, match="nonsense"):
+        prepare("pairs", _config(corpus), storage, in_flight=2)
+    (dataset,) = (tmp_path / "out" / "datasets").iterdir()
+    (dataset / "work" / "staged" / "000001.json").write_text('{"task": 1}')
+    with pytest.raises(UserError, match=r"staged/000001\.json is no record of a task .*remove it"):
+        prepare("pairs", _config(corpus), storage, in_flight=2)
+
+
+def test_the_report_lies_beside_the_manifest_and_shows_kept_and_dropped(tmp_path, corpus, ray_session):
+    storage = open_storage(tmp_path / "out")
+    page = storage.at(prepare("pairs", _config(corpus), storage, in_flight=2).path).read_bytes("report.html")
+    text = page.decode()
+    assert (
+        text.count("data:image/jpeg;base64,") == 23 + 3 + 1 + 2
+    )  # kept, copies, too small, without captions
+    for said in ("picture 29", "too-small", "010.png: decode-failed", "011.png", "captions a sample"):
+        assert said in text or said.replace(": decode-failed", "") in text
+    assert text.count("<h3>") == 5
+
+
+def test_a_run_that_changes_nothing_starts_no_task(tmp_path, corpus, ray_session):
+    storage = open_storage(tmp_path / "out")
+    started = []
+    for _ in range(2):
+        prepare("pairs", _config(corpus), storage, in_flight=2, on_start=started.append)
+    assert [(one.name, one.tasks, one.source["inputs"]) for one in started] == [("pairs", 4, 30)]
 
 
 def test_user_errors_in_tasks_stay_one_line_and_bugs_name_the_task(
