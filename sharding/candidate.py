@@ -21,8 +21,10 @@ from sharding.sources.base import Input
 from sharding.sources.fetch import Fetched, public_address
 from sharding.sources.folder import parse_sidecar
 
-# Inputs at the decoding process at once: enough that it never waits for this one, few enough to hold in memory.
+# Inputs at the decoding process at once: enough that it never waits for this one, few enough to hold in memory with
+# what is made of them.
 _IN_FLIGHT = 6
+_IN_FLIGHT_OF_PARTS = 1
 _BYTES_IN_FLIGHT = 64 * 2**20
 
 
@@ -76,6 +78,7 @@ class Examiner:
     def __init__(self, config: PrepareConfig) -> None:
         self._filters: Filters = build_filters(config)
         self._in_parts = config.gives_parts
+        self._in_flight = _IN_FLIGHT_OF_PARTS if config.gives_parts else _IN_FLIGHT
         self._guard: Guard = shared_guard(
             "sharding.media.worker:MediaDecoder",
             {
@@ -105,7 +108,8 @@ class Examiner:
     def examine_all(self, inputs: Iterable[Fetched]) -> Iterator[tuple[Input, Examined | BadData]]:
         """``examine`` for many inputs, in their order; a few are decoded ahead while this one is used.
 
-        At most 6 inputs are at the decoding process, and no more than 64 MiB of them (but one, if it is larger).
+        At most 6 inputs are at the decoding process beside the one that is waited for (one, where an input gives
+        several samples), and no more than 64 MiB of them (but one, if it is larger).
         """
         pending: deque[tuple[Input, _Pending | BadData]] = deque()
         size = 0
@@ -114,7 +118,7 @@ class Examiner:
                 item = self._begin(fetched)
                 size += _size(item)
                 pending.append((fetched.input, item))
-                while len(pending) > _IN_FLIGHT or (size > _BYTES_IN_FLIGHT and len(pending) > 1):
+                while len(pending) > self._in_flight or (size > _BYTES_IN_FLIGHT and len(pending) > 1):
                     size -= _size(pending[0][1])
                     yield self._end(*pending.popleft())
             while pending:

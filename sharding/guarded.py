@@ -93,6 +93,12 @@ def _be_first_to_go() -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def _limit_memory(limit: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def _serve(channel: _Channel, decoder: Decoder) -> None:
     kept: dict[int, bytes] = {}
     while True:
@@ -133,8 +139,7 @@ def main() -> None:
         setup = json.loads(text)
         module, _, name = setup["decoder"].partition(":")
         decoder = getattr(import_module(module), name)(**setup["settings"])
-        limit = setup["memory_bytes"]
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        _limit_memory(setup["memory_bytes"])
         channel.reply(READY, number)
         _serve(channel, decoder)
     except (_Gone, BrokenPipeError, ConnectionResetError):

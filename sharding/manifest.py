@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -131,14 +132,11 @@ class Manifest(BaseModel):
         # Loader processes get it pickled: as JSON several times faster than record by record.
         return Manifest.model_validate_json, (self.model_dump_json(),)
 
-    def __copy__(self) -> Self:
-        copied = super().__copy__()
-        for kept in (
-            "shards_digest",
-            "digest",
-            "samples",
-        ):  # model_copy(update=...) comes this way: other data, other digest
-            copied.__dict__.pop(kept, None)
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The manifest with other values; what was computed of the former ones does not go with it."""
+        copied = super().model_copy(update=update, deep=deep)
+        for computed in ("shards_digest", "digest", "samples"):
+            copied.__dict__.pop(computed, None)
         return copied
 
     @functools.cached_property

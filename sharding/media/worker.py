@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+from PIL import Image
+
 from sharding.errors import BadData
 from sharding.media.config import ImageConfig, VideoConfig
 from sharding.media.frames import frames_of
@@ -21,6 +23,7 @@ class MediaDecoder:
     def __init__(self, image: dict[str, Any] | None, video: dict[str, Any] | None) -> None:
         self._image = None if image is None else ImageConfig.model_validate(image)
         self._video = None if video is None else VideoConfig.model_validate(video)
+        Image.MAX_IMAGE_PIXELS = None  # max_pixels of the configuration is asked instead, and may be larger
         if self._reads_videos:
             import_module("av")  # now, rather than within the time of the first input
 

@@ -6,6 +6,9 @@ import hashlib
 import io
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -132,7 +135,8 @@ def test_a_video_gives_a_sample_for_each_clip_with_its_captions():
 
 def test_parts_of_equal_videos_are_equal_and_parts_of_one_video_are_not():
     config = _config(modality="video", video={"clips": "all", "clip_s": 1})
-    first, second = (Examiner(config).examine(_fetched(_video(), name)).candidates for name in "ab")
+    media = _video()
+    first, second = (Examiner(config).examine(_fetched(media, name)).candidates for name in "ab")
     assert [part.sha256 for part in first] == [part.sha256 for part in second]
     assert len({part.sha256 for part in first}) == 3
 
@@ -172,6 +176,15 @@ def test_an_input_that_takes_too_long_is_dropped_as_that():
     config = _config(modality="video", video={"fps": 20, "clip_s": 20}, decode_timeout_s=0.5)
     inputs = [_fetched(slow, "slow"), _fetched(_video(frames=4), "quick")]
     assert _causes(list(Examiner(config).examine_all(inputs))) == ["decode-timeout", 1]
+
+
+def test_a_configuration_is_checked_without_any_decoder():
+    source = "import sharding.config, sys; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert not {"PIL", "av", "numpy", "simplejpeg", "ray"} & set(done.stdout.split())
 
 
 def test_the_limits_of_decoding_do_not_name_another_dataset():

@@ -52,7 +52,7 @@ def test_a_retraction_is_another_dataset_of_the_same_shards():
     assert retracted.digest == _manifest(dropped_keys=["000000-000001"]).digest != named[0]
     assert retracted.shards_digest == named[1]
     shard = manifest.shards[0].model_copy(update={"sha256": "0" * 64, "samples": 5})
-    changed = manifest.model_copy(update={"shards": [shard]})
+    changed = manifest.model_copy(update={"shards": [shard]}, deep=True)
     assert changed.shards_digest == _manifest(shards=[shard]).shards_digest != named[1]
     assert changed.samples == 5
     assert (manifest.digest, manifest.shards_digest) == named
