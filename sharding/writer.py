@@ -78,6 +78,7 @@ class ShardWriter:
             json_offset=0,
             json_size=len(members["json"]),
             crc32=zlib.crc32(media.data),
+            json_crc32=zlib.crc32(members["json"]),
             width=info.width,
             height=info.height,
             frames=info.frames,
