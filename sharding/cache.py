@@ -5,7 +5,7 @@ nor two datasets with equal names can meet the wrong bytes, and nothing depends 
 order. All locks are ``flock`` on open files, which end with the process that holds them::
 
     FOLDER/verified-BOOT/SHA256       whole; verified since this machine was last started
-    FOLDER/incoming/SHA256/lock       held by the one process that downloads it; as long as what is to come
+    FOLDER/incoming/SHA256/lock       held by the one process that downloads it; how many bytes are to come
     FOLDER/evict                      held while room is made
 
 **Leases.** The descriptor that ``open`` and ``lease`` give is a lease: a shared lock on the file itself. What is
@@ -32,6 +32,7 @@ from typing import BinaryIO, NamedTuple
 
 from sharding.errors import UserError
 from sharding.storage import Storage
+from sharding.storage_file import writing
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +188,10 @@ class ShardCache:
         with self._evicting():
             if not self._make_room(size):
                 return False
-            place.lock.truncate(size)  # sparse: takes no space
+            with writing(place.folder / _LOCK):
+                place.lock.truncate(0)
+                place.lock.write(b"%d" % size)
+                place.lock.flush()
             return True
 
     @contextlib.contextmanager
@@ -244,7 +248,7 @@ class ShardCache:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    total += os.fstat(lock.fileno()).st_size
+                    total += int(lock.read() or 0)  # empty: nothing reserved yet
                     continue
                 if os.fstat(lock.fileno()).st_nlink:
                     _clear(folder)

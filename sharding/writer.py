@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from sharding.errors import StorageFault
+from sharding.errors import BadData, StorageFault
 from sharding.index import IndexRow, write_index
 from sharding.manifest import ShardRecord
 from sharding.media import Encoded
 from sharding.storage import Storage
+from sharding.storage_file import writing
 
 _OWNER = "glscl"
 
@@ -48,9 +50,13 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                self._tar.close()
+                with writing(self.path):
+                    self._tar.close()
+                    self._file.close()
         finally:
-            self._file.close()
+            # What the disk did not take is tried again here and fails again: that was said already.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def add(self, key: str, media: Encoded, captions: list[str], sha256: str, source: str) -> None:
         """One sample. ``sha256`` and ``source`` are those of the file it was made of."""
@@ -108,7 +114,8 @@ class ShardWriter:
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(data), 0o444
         member.uname = member.gname = _OWNER
-        self._tar.addfile(member, io.BytesIO(data))
+        with writing(self.path):
+            self._tar.addfile(member, io.BytesIO(data))
         blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._file.tell() - blocks
 
@@ -144,7 +151,11 @@ def publish(writer: ShardWriter, storage: Storage, name: str) -> ShardRecord:
     index = write_index(writer.rows)
     sent = storage.upload(writer.path, f"{name}.tar")
     storage.write_bytes(f"{name}.parquet", index)
-    if (sent.size, sent.sha256) != (size, sha256) or storage.read_bytes(f"{name}.parquet") != index:
+    try:
+        arrived = storage.read_bytes(f"{name}.parquet")
+    except BadData as error:
+        raise StorageFault(str(error)) from None
+    if (sent.size, sent.sha256) != (size, sha256) or arrived != index:
         raise StorageFault(f"{storage.url_of(name)}: the shard arrived changed")
     return ShardRecord(
         name=name.rpartition("/")[2],
