@@ -121,7 +121,8 @@ def test_a_batch_is_read_at_once_and_is_what_its_samples_are_one_by_one(remote, 
         "pipeline.training.batches.decode_image", lambda media: torch.zeros(8, 8, 3).byte().numpy()
     )
     dataset = StageDataset(readers, train.stages[0], image_size=8, seed=3)
-    slots = [slot for batch in list(sampler(train, readers))[-1:] for slot in batch]
+    slots = [slot for batch in sampler(train, readers) for slot in batch] + [Slot("a", -1, -1, 0)]
+    assert len({slot.shard for slot in slots}) == 11
     together = dataset.__getitems__(slots)
     assert [sample.key for sample in together] == [dataset[slot].key for slot in slots]
     assert [sample.caption for sample in together] == [dataset[slot].caption for slot in slots]
