@@ -32,10 +32,10 @@ def behind(s3_server, faulty_s3):
     return storage, Storage(s3_server.config(storage.url, **patient))
 
 
-def write_shard(path):
+def write_shard(path, size=400):
     with ShardWriter(path) as writer:
         for row in range(3):
-            media = Encoded(media_of(0, row, 400), "jpg", MediaInfo(64, 48, 1, 0.0))
+            media = Encoded(media_of(0, row, size), "jpg", MediaInfo(64, 48, 1, 0.0))
             writer.add(f"{row:05d}", media, ["a caption"], "0" * 64, f"source/{row}")
     return writer
 
@@ -221,11 +221,12 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_half_written(tmp_p
         storage.write_bytes("new", bytes(50_000))  # the space is free again
 
 
-def test_a_shard_that_the_disk_cannot_take_is_not_closed_as_if_it_were_whole(tmp_path, full_disk):
+@pytest.mark.parametrize("size", [400, 20_000])  # refused when the file is closed; when a sample is added
+def test_a_shard_that_the_disk_cannot_take_is_not_closed_as_if_it_were_whole(tmp_path, full_disk, size):
     with full_disk(tmp_path / "disk", 8192) as folder:
         folder.mkdir(exist_ok=True)
         with pytest.raises(OSError, match=r"cannot write .*disk/shard\.tar") as caught:
-            write_shard(folder / "shard.tar")
+            write_shard(folder / "shard.tar", size)
         assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
 
 
