@@ -25,6 +25,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("json_offset", pa.int64(), nullable=False),
         pa.field("json_size", pa.int64(), nullable=False),
         pa.field("crc32", pa.uint32(), nullable=False),  # of the media member
+        pa.field("json_crc32", pa.uint32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),  # pixels, of the media as stored
         pa.field("height", pa.int32(), nullable=False),
         pa.field("frames", pa.int32(), nullable=False),  # 1 for an image
@@ -51,6 +52,7 @@ class IndexRow:
     json_offset: int
     json_size: int
     crc32: int
+    json_crc32: int
     width: int
     height: int
     frames: int

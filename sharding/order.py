@@ -156,6 +156,14 @@ def batch_slots(
     return slots.reshape(lanes * per_lane, 2)
 
 
+def shards_in_span(shard_samples: Sequence[int], span: int) -> int:
+    """The most shards that ``span`` consecutive samples of a lane may lie in, in any order of the shards."""
+    # Whole ones in the middle, the smallest there are, and a sample of one more on each side.
+    counts = np.sort(np.asarray([count for count in shard_samples if count], dtype=np.int64))
+    inside = int(np.searchsorted(np.cumsum(counts), span - 2, side="right")) if span > 2 else 0
+    return min(len(counts), inside + min(span, 2))
+
+
 def _per_lane(lanes: int, global_batch: int) -> int:
     if global_batch < 1 or global_batch % lanes:
         raise ValueError(f"the global batch ({global_batch}) must be a multiple of the lanes ({lanes})")

@@ -22,7 +22,9 @@ import io
 import json
 import os
 import posixpath
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 # What one request of a streamed read or a download asks for: large enough to amortise its latency.
 _BLOCK = 8 << 20
+_BLOCKS_AT_ONCE = 3  # of one download: hides the latency of each
 
 
 class StoredFile(NamedTuple):
@@ -242,13 +245,7 @@ class Storage:
             digest = hashlib.sha256()
 
             def blocks(state: FileState = state, digest: Any = digest) -> Iterator[bytes]:
-                for offset in range(0, state.size, _BLOCK):
-                    length = min(_BLOCK, state.size - offset)
-                    block = self._backend.read(path, offset, length, state.version)
-                    if len(block) != length:
-                        raise BadData(
-                            "size-mismatch", f"{url} ended at byte {offset + len(block)} of {state.size}"
-                        )
+                for block in self._read_ahead(path, state):
                     digest.update(block)
                     yield block
                 if sha256 is not None and digest.hexdigest() != sha256:
@@ -262,6 +259,33 @@ class Storage:
             except BadData as error:
                 if last or error.cause != "sha256-mismatch":
                     raise
+
+    def _read_ahead(self, path: str, state: FileState) -> Iterator[bytes]:
+        """The blocks of a file in order, with the next ones on their way while one is being used."""
+        offsets = range(0, state.size, _BLOCK)
+
+        def read(offset: int) -> bytes:
+            length = min(_BLOCK, state.size - offset)
+            block = self._backend.read(path, offset, length, state.version)
+            if len(block) != length:
+                end = offset + len(block)
+                raise BadData("size-mismatch", f"{self.url_of(path)} ended at byte {end} of {state.size}")
+            return block
+
+        if len(offsets) <= 1 or self.local_path(path) is not None:
+            yield from map(read, offsets)
+            return
+        running: deque[Future[bytes]] = deque()
+        with ThreadPoolExecutor(_BLOCKS_AT_ONCE, thread_name_prefix="download") as pool:
+            try:
+                for offset in offsets:
+                    running.append(pool.submit(read, offset))
+                    if len(running) == _BLOCKS_AT_ONCE:
+                        yield running.popleft().result()
+                while running:
+                    yield running.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def upload(self, source: Path, path: str) -> Uploaded:
         """Copy a local file into the storage and verify the stored size; the sha256 is of the bytes that were

@@ -32,7 +32,7 @@ def is_temporary(name: str) -> bool:
 def temporary_file(target: Path) -> Iterator[Path]:
     """A fresh name in the folder of ``target`` (made if need be); what is at it afterwards is removed."""
     temporary = target.parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -42,7 +42,7 @@ def temporary_file(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """OSErrors of the system (disk full, not permitted), naming the path that was to be written."""
     try:
         yield
@@ -54,15 +54,15 @@ def _write_blocks(path: Path, blocks: Iterable[bytes], target: Path) -> None:
     """Write a new file and wait until it is on the disk. Errors name ``target``; those of ``blocks`` pass as
     is.
     """
-    with _writing(target):
+    with writing(target):
         file = path.open("xb", buffering=0)
     with file:
         for block in blocks:
             view = memoryview(block)
             while view:
-                with _writing(target):
+                with writing(target):
                     view = view[file.write(view) :]
-        with _writing(target):
+        with writing(target):
             os.fsync(file.fileno())
 
 
@@ -73,7 +73,7 @@ def write_file(target: Path, blocks: Iterable[bytes]) -> None:
     """
     with temporary_file(target) as temporary:
         _write_blocks(temporary, blocks, target)
-        with _writing(target):
+        with writing(target):
             os.replace(temporary, target)
     _sync_folder(target.parent)
 

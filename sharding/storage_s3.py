@@ -29,7 +29,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from sharding.errors import StorageFault, UserError
+from sharding.errors import BadData, StorageFault, UserError
 
 if TYPE_CHECKING:
     from sharding.storage import FileState, StorageConfig
@@ -66,6 +66,7 @@ _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "BadDigest",
     "IncompleteBody", "XAmzContentSHA256Mismatch", "Throttling", "ThrottlingException",
     "RequestLimitExceeded", "TooManyRequests",
+    "MalformedXML",  # ours is well-formed: it was damaged on its way
 }  # fmt: skip
 _TRANSIENT_ERRORS: tuple[type[BaseException], ...] = (
     aws.HTTPClientError, aws.ConnectionError, aws.ResponseStreamingError, aws.IncompleteReadError,
@@ -324,10 +325,24 @@ class S3Backend:
                 if not self._stored(path):
                     raise
         except BaseException:
-            with contextlib.suppress(OSError, UserError):
-                self._call("abort_multipart_upload", path, 1, Key=key, UploadId=upload)
+            self._abort(upload, path)
             raise
         return sent
+
+    def _abort(self, upload: str, path: str) -> None:
+        """Remove the parts of an upload that failed: nobody sees them, but they are paid for."""
+        try:
+            self._call(
+                "abort_multipart_upload",
+                path,
+                min(3, self._config.attempts),
+                Key=self._key(path),
+                UploadId=upload,
+            )
+        except (OSError, UserError) as error:
+            _log.warning(
+                "%s: parts of upload %s may be left in the store: %s", self.url_of(path), upload, error
+            )
 
     def _stored(self, path: str) -> bool:
         try:
@@ -384,6 +399,8 @@ class S3Backend:
                 if not failure.transient:
                     raise self._translate(failure, path, reason) from None
                 if attempt == attempts:
+                    if isinstance(error, aws.FlexibleChecksumError):
+                        raise BadData("checksum-mismatch", f"{self.url_of(path)}: {reason}") from None
                     fault = StorageFault(f"{self.url_of(path)}: given up after {attempts} tries: {reason}")
                     raise fault from None
                 _log.warning("%s: try %d of %d failed (%s)", self.url_of(path), attempt, attempts, reason)
@@ -442,6 +459,9 @@ async def _fetch(
     try:
         while chunk := await body.read(_READ):
             into += chunk
+    except aws.FlexibleChecksumError:
+        del into[start:]  # whole, but not what was stored: nothing to go on from
+        raise
     finally:
         body.close()
     if len(into) - start != response["ContentLength"]:

@@ -8,17 +8,18 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from sharding.errors import StorageFault
+from sharding.errors import BadData, StorageFault
 from sharding.index import IndexRow, write_index
 from sharding.manifest import ShardRecord
 from sharding.media.info import Encoded
 from sharding.storage import Storage
+from sharding.storage_file import writing
 
 _OWNER = "glscl"
 
@@ -49,11 +50,12 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                with self._writing():
+                with writing(self.path):
                     self._tar.close()
-                    self._file.flush()
+                    self._file.close()
         finally:
-            with contextlib.suppress(OSError):  # of a file that could not be written: told above
+            # What the disk did not take is tried again here and fails again: that was said already.
+            with contextlib.suppress(OSError):
                 self._file.close()
 
     def add(self, key: str, media: Encoded, captions: list[str], sha256: str, source: str) -> None:
@@ -82,6 +84,7 @@ class ShardWriter:
             json_offset=0,
             json_size=len(members["json"]),
             crc32=zlib.crc32(media.data),
+            json_crc32=zlib.crc32(members["json"]),
             width=info.width,
             height=info.height,
             frames=info.frames,
@@ -112,18 +115,10 @@ class ShardWriter:
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(data), 0o444
         member.uname = member.gname = _OWNER
-        with self._writing():
+        with writing(self.path):
             self._tar.addfile(member, io.BytesIO(data))
         blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._file.tell() - blocks
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A full disk is told with the path that it fails for."""
-        try:
-            yield
-        except OSError as error:
-            raise type(error)(error.errno, f"cannot write {self.path}: {error.strerror}") from None
 
 
 def copy_without(source: BinaryIO, rows: Iterable[IndexRow], dropped: set[int], writer: ShardWriter) -> None:
@@ -157,7 +152,11 @@ def publish(writer: ShardWriter, storage: Storage, name: str) -> ShardRecord:
     index = write_index(writer.rows)
     sent = storage.upload(writer.path, f"{name}.tar")
     storage.write_bytes(f"{name}.parquet", index)
-    if (sent.size, sent.sha256) != (size, sha256) or storage.read_bytes(f"{name}.parquet") != index:
+    try:
+        arrived = storage.read_bytes(f"{name}.parquet")
+    except BadData as error:
+        raise StorageFault(str(error)) from None
+    if (sent.size, sent.sha256) != (size, sha256) or arrived != index:
         raise StorageFault(f"{storage.url_of(name)}: the shard arrived changed")
     return ShardRecord(
         name=name.rpartition("/")[2],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ from sharding.errors import BadData
 from sharding.media import decode_image, decode_video
 from sharding.reader import RawSample, ShardReader
 from sharding.seeds import derive_seed
+
+#: Batches that each loader process works on ahead of the training.
+PREFETCHED_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -175,15 +178,28 @@ class StageDataset(Dataset[Sample]):
         self._transform = training_transform(stage.augmentation, self._size)
 
     def __getitem__(self, slot: Slot) -> Sample:
-        if slot.row < 0:
-            return self._masked(slot, "", None)
-        key = ""
+        return self.__getitems__([slot])[0]
+
+    def __getitems__(self, slots: Sequence[Slot]) -> list[Sample]:
+        """The samples of a batch (torch's DataLoader calls this): decoded as they come, returned in order."""
+        samples = [self._masked(slot, "", None) if slot.row < 0 else None for slot in slots]
+        numbers: dict[str, list[int]] = {}
+        for number, slot in enumerate(slots):
+            if slot.row >= 0:
+                numbers.setdefault(slot.dataset, []).append(number)
+        for name, wanted in numbers.items():
+            places = [(slots[number].shard, slots[number].row) for number in wanted]
+            for i, raw in self._readers[name].read_many(places):
+                samples[wanted[i]] = self._sample(slots[wanted[i]], raw)
+        return [sample for sample in samples if sample is not None]
+
+    def _sample(self, slot: Slot, raw: RawSample | BadData) -> Sample:
+        if isinstance(raw, BadData):
+            return self._masked(slot, f"shard {slot.shard}, row {slot.row}", raw.cause)
         try:
-            raw = self._readers[slot.dataset].read(slot.shard, slot.row)
-            key = raw.key
             return self._decoded(slot, raw)
         except BadData as error:
-            return self._masked(slot, key or f"shard {slot.shard}, row {slot.row}", error.cause)
+            return self._masked(slot, raw.key, error.cause)
 
     def _decoded(self, slot: Slot, raw: RawSample) -> Sample:
         seed = derive_seed(self._seed, "sample", self._stage.name, slot.epoch, raw.key)
@@ -274,20 +290,24 @@ def stage_loader(
     start_step: int = 0,
     worker: int = 0,
     workers: int = 1,
+    around: Callable[[StageSampler], Sampler[list[Slot]]] | None = None,
 ) -> DataLoader[Any]:
-    """The batches of one worker for the rest of a stage, in order, ``train.accumulation`` a step."""
+    """The batches of one worker for the rest of a stage, in order, ``train.accumulation`` a step.
+
+    ``around`` may wrap the sampler, e.g. to fetch what its batches need.
+    """
     sampler = StageSampler(
         stage, train, readers, seed=seed, start_step=start_step, worker=worker, workers=workers
     )
     dataset = StageDataset(readers, stage, image_size=config.image_size, seed=seed)
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=around(sampler) if around is not None else sampler,
         num_workers=train.loader_processes,
         collate_fn=Collator(config, tokenizer, sampler.group_size),
         # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
         multiprocessing_context="forkserver" if train.loader_processes else None,
-        prefetch_factor=4 if train.loader_processes else None,
+        prefetch_factor=PREFETCHED_BATCHES if train.loader_processes else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_single_thread,
     )

@@ -16,21 +16,21 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
 from model import backward_in_parts
 from pipeline.config import JobConfig, StageBlock
 from pipeline.tracking import MetricLogger
-from pipeline.training.batches import Batch, stage_loader
+from pipeline.training.batches import Batch, Slot, StageSampler, stage_loader
 from pipeline.training.checkpoints import Checkpoint, resume, save_checkpoint
 from pipeline.training.consumption import ConsumptionRecorder, PartReference
 from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config, optimizer_step
 from pipeline.training.health import BadSampleGuard, check_finite
+from pipeline.training.prefetch import PrefetchedSampler, in_flight, open_cache
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from pipeline.training.weights import load_weights
-from sharding.cache import ShardCache
 from sharding.manifest import load_manifest
 from sharding.reader import ShardReader
 from sharding.seeds import derive_seed
@@ -95,7 +95,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     started = time.monotonic()
     storage = open_storage(job.storage)
     run = storage.at(plan.run_path)
-    readers = _open_readers(storage, plan)
+    readers = _open_readers(storage, plan, context.local_world_size)
     model = build_model(job.model, job.train, job.seed)
     load_weights(
         model,
@@ -139,16 +139,27 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             first += stage.steps
 
 
-def _open_readers(storage: Storage, plan: TrainingPlan) -> dict[str, ShardReader]:
+def _open_readers(storage: Storage, plan: TrainingPlan, workers_on_node: int) -> dict[str, ShardReader]:
     """A reader for each dataset that some stage trains on."""
-    cache = None
-    if plan.job.train.cache_mb:
-        cache = ShardCache(plan.scratch / "shards", plan.job.train.cache_mb * 2**20)
-    readers = {}
-    for name in sorted({name for stage in plan.job.train.stages for name in stage.mixture}):
-        dataset = storage.at(plan.datasets[name])
-        readers[name] = ShardReader(dataset, load_manifest(dataset), cache)
-    return readers
+    names = sorted({name for stage in plan.job.train.stages for name in stage.mixture})
+    datasets = {name: storage.at(plan.datasets[name]) for name in names}
+    manifests = {name: load_manifest(dataset) for name, dataset in datasets.items()}
+    remote = {name: manifests[name] for name, dataset in datasets.items() if dataset.local_path("") is None}
+    cache = open_cache(plan.scratch / "shards", plan.job.train, remote, workers_on_node)
+    return {
+        name: ShardReader(dataset, manifests[name], cache if name in remote else None, fetches=False)
+        for name, dataset in datasets.items()
+    }
+
+
+def _prefetched(worker: _Worker, batches: StageSampler) -> Sampler[list[Slot]]:
+    """The batches, with a process that fetches their shards ahead where this worker's node has a cache."""
+    caches = [reader.cache for reader in worker.readers.values() if reader.cache is not None]
+    if not caches:
+        return batches
+    share = caches[0].byte_limit // worker.context.local_world_size
+    behind = in_flight(worker.plan.job.train)
+    return PrefetchedSampler(batches, worker.readers, byte_limit=share, behind=behind)
 
 
 def _tell_retracted(readers: dict[str, ShardReader], newest: Checkpoint | None) -> None:
@@ -188,6 +199,7 @@ def _run_stage(worker: _Worker, index: int, stage: StageBlock, first: int, start
         start_step=start,
         worker=context.rank,
         workers=context.world_size,
+        around=lambda sampler: _prefetched(worker, sampler),
     )
     batches = _timed(loader)
     every = stage.checkpoint_every or job.checkpoints.every

@@ -26,6 +26,7 @@ def test_the_job_runs_on_s3_while_the_mlflow_server_dies_and_comes_back(
     try:
         tree = tiny_job(raw_corpus, f"s3://{s3_server.bucket()}/jobs", name="on-s3", tracking=tmp_path)
         tree["train"]["stages"][0] |= {"steps": 20, "checkpoint_every": 5}
+        tree["train"] |= {"cache_mb": 64, "loader_processes": 1}
         tree["tracking"]["uri"] = server.uri
         job = write_job(tmp_path / "job.yaml", tree)
         run = Storage(s3_server.config(tree["storage"]["url"])).at("runs/on-s3")

@@ -16,6 +16,7 @@ ROW = IndexRow(
     json_offset=512,
     json_size=7,
     crc32=2**32 - 1,
+    json_crc32=7,
     width=8,
     height=9,
     frames=1,

@@ -4,16 +4,17 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sharding.cache import ShardCache
 from sharding.errors import BadData
-from sharding.index import read_index, write_index
+from sharding.index import IndexRow, read_index, write_index
 from sharding.manifest import load_manifest
 from sharding.reader import ShardReader
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 from tests.sharding.datasets import CAPTIONS, media_of, write_dataset
 
 
@@ -71,6 +72,58 @@ def test_threads_may_share_a_reader(reader):
     with ThreadPoolExecutor(8) as pool:
         samples = list(pool.map(lambda place: reader.read(*place), places))
     assert [sample.media for sample in samples] == [media_of(*place) for place in places]
+
+
+def test_a_batch_gives_each_place_once_and_what_read_gives(reader):
+    reader.dataset.delete("000001.tar")
+    places = [(0, 4), (0, 0), (1, 2), (0, 2), (0, 0), (1, 0), (0, 1)]
+    got = list(reader.read_many(places))
+    assert sorted(number for number, _ in got) == list(range(len(places)))
+    for number, sample in got:
+        shard, row = places[number]
+        if shard == 1:
+            assert sample.cause == "missing-shard"
+        else:
+            assert sample == reader.read(shard, row)
+    with pytest.raises(IndexError):
+        list(reader.read_many([(0, 0), (0, 5)]))
+
+
+@pytest.mark.server
+def test_neighbours_of_a_batch_are_one_request_and_a_damaged_one_costs_itself_only(s3_server, monkeypatch):
+    storage = s3_server.storage("data")
+    manifest = write_dataset(storage, (30,))
+    change(storage, "000000.tar", media_offset(storage, manifest, 0, 7) + 5)
+    reader = ShardReader(storage, manifest)
+    reader.read(0, 0)
+    monkeypatch.setattr("sharding.reader._MOST_MERGED", 40_000)
+    read_bytes, requests = Storage.read_bytes, []
+
+    def counted(self, path, offset=0, length=None):
+        requests.append((offset, length))
+        return read_bytes(self, path, offset, length)
+
+    monkeypatch.setattr(Storage, "read_bytes", counted)
+    got = dict(reader.read_many([(0, row) for row in reversed(range(20))]))
+    assert [got[19 - row].media for row in range(20) if row != 7] == [
+        media_of(0, row) for row in range(20) if row != 7
+    ]
+    assert got[12].cause == "crc-mismatch"
+    assert len(requests) < 10
+    assert all(length <= 40_000 for _, length in requests)
+
+
+@pytest.mark.server
+def test_leases_of_a_batch_end_with_it(s3_server, tmp_path):
+    storage = s3_server.storage("data")
+    manifest = write_dataset(storage, (5, 3, 4))
+    cache = ShardCache(tmp_path / "cache", manifest.shards[0].bytes)
+    reader = ShardReader(storage, manifest, cache)
+    for shard, rows in enumerate((5, 3, 4)):
+        batch = dict(reader.read_many([(shard, row) for row in range(rows)]))
+        assert [batch[row].media for row in range(rows)] == [media_of(shard, row) for row in range(rows)]
+        [held] = cache.folder.glob("verified-*/*")  # there was room
+        assert held.name == manifest.shards[shard].sha256
 
 
 def read_in_worker(reader, queue):
@@ -164,9 +217,18 @@ def test_a_shard_found_bad_is_not_asked_for_again_at_each_sample(folder, monkeyp
 )
 def test_captions_that_are_none_are_said(folder, text):
     storage, manifest = folder
-    row = read_index(storage.read_bytes("000000.parquet")).slice(0, 1).to_pylist()[0]
-    change(storage, "000000.tar", row["json_offset"], text.ljust(row["json_size"]))
+    rows = read_index(storage.read_bytes("000000.parquet")).to_pylist()
+    data = text.ljust(rows[0]["json_size"])
+    change(storage, "000000.tar", rows[0]["json_offset"], data)
     cause, detail = cause_of(ShardReader(storage, manifest), 0, 0)
+    assert cause == "crc-mismatch"
+    # Now as if it had been written so.
+    rows[0]["json_crc32"] = zlib.crc32(data)
+    index = write_index([IndexRow(**row) for row in rows])
+    storage.write_bytes("000000.parquet", index)
+    record = manifest.shards[0].model_copy(update={"index_sha256": hashlib.sha256(index).hexdigest()})
+    changed = manifest.model_copy(update={"shards": [record, *manifest.shards[1:]]})
+    cause, detail = cause_of(ShardReader(storage, changed), 0, 0)
     assert cause == "bad-json"
     assert "key 000-00000" in detail
 
@@ -202,13 +264,13 @@ def test_a_cached_copy_that_this_disk_damaged_is_fetched_anew(s3_server, tmp_pat
     manifest = write_dataset(storage)
     reader = ShardReader(storage, manifest, ShardCache(tmp_path / "cache", 10**9))
     reader.read(0, 0)
-    [copy] = (tmp_path / "cache").glob("*.tar")
+    [copy] = (tmp_path / "cache").glob("verified-*/*")
     damaged = bytearray(copy.read_bytes())
     damaged[media_offset(storage, manifest, 0, 0) + 5] ^= 0xFF
     with copy.open("r+b") as file:
         file.write(damaged)
     assert reader.read(0, 0).media == media_of(0, 0)
-    assert [path.read_bytes() for path in (tmp_path / "cache").glob("*.tar")] == [
+    assert [path.read_bytes() for path in (tmp_path / "cache").glob("verified-*/*")] == [
         storage.read_bytes("000000.tar")
     ]
 
@@ -234,5 +296,5 @@ def test_a_shard_damaged_in_the_storage_is_not_cached_and_its_whole_samples_are_
     for row in (0, 1, 3, 4):
         assert reader.read(0, row).media == media_of(0, row)
     assert cause_of(reader, 0, 2)[0] == "crc-mismatch"
-    assert list((tmp_path / "cache").glob("*.tar")) == []
+    assert list((tmp_path / "cache").glob("verified-*/*")) == []
     assert caplog.text.count("shard not cached") == 1
