@@ -4,14 +4,16 @@
     python -m benchmarks.reading --folder shards --only images    # keeps the corpus, and takes it if it is there
 
 The corpus is prepared once by ``sharding.prepare``: JPEGs of 288 to 400 pixels (``benchmarks/pictures.py``) and the
-demo's clips. All contestants of a table are started, then take turns for a few seconds, round after round; the figures are
-medians over the rounds, and the ratios are what to quote. Where other work shares the machine, the CPU that a sample took (all processes
-of a contestant, the consumer too) says more than the rate does. Two processes decode, and everything lies in the page cache.
+demo's clips. All contestants of a table are started, then take turns for a few seconds, round after round; the
+figures are medians over the rounds, and the ratios are what to quote. Where other work shares the machine, the CPU
+that a sample took (all processes of a contestant, the consumer too) says more than the rate does. Two processes
+decode, and everything lies in the page cache.
 
-- *glscl*: ``stage_loader`` as the training has it: samples in their order, verified, decoded, augmented, captions tokenised,
-  masks drawn, batches in the consumer's hands.
-- *webdataset*: ``WebLoader(WebDataset(...))``, shards shuffled, then samples; no captions, no masks. ``pil`` and ``torchrgb8`` as its users
-  write it, with torchvision's transforms; *our decoder*: with our decoder and our resizing in place of its own.
+- *glscl*: ``stage_loader`` as the training has it: samples in their order, verified, decoded, augmented, captions
+  tokenised, masks drawn, batches in the consumer's hands.
+- *webdataset*: ``WebLoader(WebDataset(...))``, shards shuffled, then samples; no captions, no masks. ``pil`` and
+  ``torchrgb8`` as its users write it, with torchvision's transforms; *our decoder*: with our decoder and our
+  resizing in place of its own.
 - *bare*: bytes in memory, the same decoder and resizing, no reading, no batches, nothing handed over.
 """
 
@@ -182,14 +184,14 @@ class Contestant(ABC):
         times = [process.cpu_times() for process in self.processes]
         return time.process_time() + sum(each.user + each.system for each in times)
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
         """Throw away what was made before the turn."""
 
     @abstractmethod
     def take(self, seconds: float) -> int:
         """Go on for so long; number of samples."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (some have none)
         """End its processes."""
 
 
@@ -307,8 +309,15 @@ def glscl_batches(reader: ShardReader, augmentation: AugmentationBlock, batch: i
         frames=FRAMES,
         augmentation=augmentation,
     )
-    train = TrainBlock(
-        workers=1, global_batch=batch, lanes=4, loader_processes=PROCESSES, learning_rate=1e-4, stages=[stage]
+    train = TrainBlock.model_validate(
+        {
+            "workers": 1,
+            "global_batch": batch,
+            "lanes": 4,
+            "loader_processes": PROCESSES,
+            "learning_rate": 1e-4,
+            "stages": [stage],
+        }
     )
     config = GLSCLConfig.preset("base", image_size=SIZE)
     for made in stage_loader(stage, train, {"data": reader}, config, tokenizer="builtin", seed=SEED):

@@ -1,7 +1,8 @@
 """Decoding what a shard stores, as training and evaluation read it: the same pixels as ``media``, sooner.
 
-A JPEG without peculiarities goes straight to libjpeg-turbo; anything else, and any JPEG that it complains about, is decided by ``media.decode_image``, which
-uses the same library behind PIL. So what is readable, and what its pixels are, does not depend on the way.
+A JPEG without peculiarities goes straight to libjpeg-turbo; anything else, and any JPEG that it complains about,
+is decided by ``media.decode_image``, which uses the same library behind PIL. So what is readable, and what its
+pixels are, does not depend on the way.
 """
 
 from __future__ import annotations

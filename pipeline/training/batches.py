@@ -10,6 +10,7 @@ batch of G samples is A contrastive batches of C = G/A; each of the L lanes give
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -317,4 +318,5 @@ def stage_loader(
 def _begin_loader_process(_: int) -> None:
     # Loader processes share the cores with the training; more threads each only contend.
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     send_batches_through_slots()

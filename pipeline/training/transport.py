@@ -34,9 +34,9 @@ _PAGE = mmap.PAGESIZE
 class SharedPixels:
     """Slots of memory for the pixels of batches, shared by the training process and its loader processes.
 
-    A loader process that finds no slot of its own free (a consumer that keeps many batches) makes ordinary
-    memory instead: nobody ever waits for one. The memory has no name, so nothing outlives the processes, and it is not bounded by
-    /dev/shm; a page is only there once it has been written to.
+    A loader process that finds no slot of its own free (a consumer that keeps many batches) makes ordinary memory
+    instead: nobody ever waits for one. The memory has no name, so that nothing of it outlives the processes, is
+    not bounded by /dev/shm, and a page of it is only there once it has been written to.
 
     Args:
         processes: how many loader processes.
