@@ -10,7 +10,7 @@ that a sample took (all processes of a contestant, the consumer too) says more t
 decode, and everything lies in the page cache.
 
 - *glscl*: ``stage_loader`` as the training has it: samples in their order, verified, decoded, augmented, captions
-  tokenised, masks drawn, batches in the consumer's hands.
+  tokenised, masks drawn, batches in the consumer's hands; *pixels only*: without captions and masks.
 - *webdataset*: ``WebLoader(WebDataset(...))``, shards shuffled, then samples; no captions, no masks. ``pil`` and
   ``torchrgb8`` as its users write it, with torchvision's transforms; *our decoder*: with our decoder and our
   resizing in place of its own.
@@ -43,6 +43,7 @@ import torch
 import webdataset
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from benchmarks.pictures import EMOJI, pictures
@@ -51,7 +52,8 @@ from cluster.session import session
 from model import GLSCLConfig
 from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
 from pipeline.training.augmentation import Augmentation
-from pipeline.training.batches import stage_loader
+from pipeline.training.batches import Sample, stage_loader
+from pipeline.training.transport import SharedPixels, stack_pixels
 from sharding.config import FolderSource, ImageConfig, PrepareConfig, TableSource, VideoConfig
 from sharding.decoding import decode_image
 from sharding.manifest import load_manifest
@@ -299,8 +301,10 @@ def take_turns(
 # ---------------------------------------------------------------- what they do with a sample
 
 
-def glscl_batches(reader: ShardReader, augmentation: AugmentationBlock, batch: int) -> Iterator[torch.Tensor]:
-    """Pixels of the training's batches."""
+def glscl_batches(
+    reader: ShardReader, augmentation: AugmentationBlock, batch: int, *, pixels_only: bool = False
+) -> Iterator[torch.Tensor]:
+    """Pixels of the training's batches; ``pixels_only``: of batches that hold nothing else."""
     stage = StageBlock(
         name="reading",
         steps=100_000,
@@ -320,8 +324,29 @@ def glscl_batches(reader: ShardReader, augmentation: AugmentationBlock, batch: i
         }
     )
     config = GLSCLConfig.preset("base", image_size=SIZE)
-    for made in stage_loader(stage, train, {"data": reader}, config, tokenizer="builtin", seed=SEED):
-        yield made.pixel_values
+    loader = stage_loader(stage, train, {"data": reader}, config, tokenizer="builtin", seed=SEED)
+    if pixels_only:
+        loader = DataLoader(
+            loader.dataset,
+            batch_sampler=loader.batch_sampler,
+            num_workers=PROCESSES,
+            collate_fn=StackPixels(SharedPixels(PROCESSES, 6, batch * 3 * SIZE**2)),
+            multiprocessing_context="forkserver",
+            prefetch_factor=4,
+            worker_init_fn=loader.worker_init_fn,
+        )
+    for made in loader:
+        yield made if pixels_only else made.pixel_values
+
+
+class StackPixels:
+    """A collator that leaves captions and masks out, as webdataset's pipeline here does."""
+
+    def __init__(self, memory: SharedPixels) -> None:
+        self._memory = memory
+
+    def __call__(self, samples: Sequence[Sample]) -> torch.Tensor:
+        return stack_pixels([sample.pixels for sample in samples], self._memory)
 
 
 def webdataset_batches(
@@ -443,6 +468,7 @@ def images_table(readers: dict[str, ShardReader]) -> Contest:
     reader, plain = readers["images"], AugmentationBlock()
     return f"images, resized to {SIZE} and cropped, {PROCESSES} processes", {
         "glscl": lambda: Loader(glscl_batches(reader, plain, BATCH)),
+        "glscl, pixels only": lambda: Loader(glscl_batches(reader, plain, BATCH, pixels_only=True)),
         "webdataset, pil": lambda: Loader(webdataset_batches(reader, "pil", torchvision_transform(plain))),
         "webdataset, torchrgb8": lambda: Loader(
             webdataset_batches(reader, "torchrgb8", torchvision_transform(plain))
@@ -457,6 +483,7 @@ def crops_table(readers: dict[str, ShardReader]) -> Contest:
     reader, crop = readers["images"], AugmentationBlock(crop=CROP)
     return f"images, random resized crop to {SIZE} (scale {CROP} to 1), {PROCESSES} processes", {
         "glscl": lambda: Loader(glscl_batches(reader, crop, BATCH)),
+        "glscl, pixels only": lambda: Loader(glscl_batches(reader, crop, BATCH, pixels_only=True)),
         "webdataset, pil": lambda: Loader(webdataset_batches(reader, "pil", torchvision_transform(crop))),
         "webdataset, our decoder": lambda: Loader(webdataset_batches(reader, Handler(Decode(crop)), _same)),
         "bare": lambda: Bare(media_of(reader), Decode(crop)),

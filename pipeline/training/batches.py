@@ -29,7 +29,7 @@ from sharding.errors import BadData
 from sharding.media import decode_video
 from sharding.order import EpochOrder, batch_slots, epoch_order, steps_per_epoch
 from sharding.reader import RawSample, ShardReader
-from sharding.seeds import derive_seed
+from sharding.seeds import derive_seed, generator
 
 _PREFETCHED = 4  # batches on their way from each loader process
 
@@ -129,8 +129,8 @@ def draw_mixture(seed: int, stage: str, steps: int, mixture: dict[str, float]) -
     """The dataset of each of a stage's steps, drawn by the mixture's weights; the same on every worker."""
     names = sorted(mixture)
     weights = np.array([mixture[name] for name in names], dtype=np.float64)
-    generator = np.random.Generator(np.random.Philox(key=derive_seed(seed, "mixture", stage)))
-    picks = generator.choice(len(names), size=steps, p=weights / weights.sum())
+    draws = np.random.Generator(np.random.Philox(key=derive_seed(seed, "mixture", stage)))
+    picks = draws.choice(len(names), size=steps, p=weights / weights.sum())
     return [names[pick] for pick in picks]
 
 
@@ -229,14 +229,14 @@ class StageDataset(Dataset[Sample]):
 
     def _decoded(self, slot: Slot, raw: RawSample) -> Sample:
         seed = derive_seed(self._seed, "sample", self._stage.name, slot.epoch, raw.key)
-        generator = np.random.Generator(np.random.Philox(key=seed))
-        caption = raw.captions[int(generator.integers(len(raw.captions)))]
+        draws = generator(seed)
+        caption = raw.captions[int(draws.integers(len(raw.captions)))]
         if self._readers[slot.dataset].manifest.modality == "image":
             frames = decode_image(raw.media, self._augmentation.detail)[None]
         else:
-            positions = generator.random(self._stage.frames).tolist()
+            positions = draws.random(self._stage.frames).tolist()
             frames = decode_video(raw.media, self._stage.frames, positions)
-        pixels = self._augmentation(frames, generator)
+        pixels = self._augmentation(frames, draws)
         return Sample(raw.key, pixels, caption, seed, valid=True)
 
     def _masked(self, slot: Slot, key: str, cause: str | None) -> Sample:
