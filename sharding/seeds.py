@@ -40,7 +40,8 @@ def generator(seed: int) -> np.random.Generator:
     NumPy asks the operating system for entropy first, even where a key is given, which costs more than most of
     what is drawn for a sample.
     """
-    return np.random.Generator(np.random.Philox(_Key(seed)))
+    # Any ISeedSequence will do; the type stubs know one of them only.
+    return np.random.Generator(np.random.Philox(_Key(seed)))  # type: ignore[arg-type]
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
