@@ -108,8 +108,13 @@ def draw_masks(
     # A fixed layout of uniforms per sample, sized by the configuration and not by the batch.
     reach = config.max_text_length
     uniform = np.empty((batch, 1 + 4 * reach + 2 * num_patches + 1))
+    # One generator, set to each seed in turn: a new one asks the system for entropy, which costs more than the draws.
+    philox = np.random.Philox(key=0)
+    generator, fresh = np.random.Generator(philox), philox.state
     for row, seed in enumerate(seeds):
-        np.random.Generator(np.random.Philox(key=seed)).random(out=uniform[row])
+        fresh["state"]["key"][0] = seed
+        philox.state = fresh
+        generator.random(out=uniform[row])
     for_words, for_actions, for_tokens, for_positions = (
         uniform[:, 1 + part * reach : 1 + (part + 1) * reach] for part in range(4)
     )

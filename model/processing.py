@@ -186,13 +186,12 @@ class GLSCLProcessor(ProcessorMixin):
             words of a caption from 0 and is -1 on special tokens and padding.
         """
         encoded = self.tokenizer(list(texts), padding="longest", truncation=True)
-        words = [
-            [-1 if word is None else word for word in encoded.word_ids(index)] for index in range(len(texts))
-        ]
+        words = [[-1 if word is None else word for word in one.word_ids] for one in encoded.encodings]
+        # By way of NumPy, which is several times as fast over lists of lists as torch.
         return {
-            "input_ids": torch.tensor(encoded["input_ids"], dtype=torch.int64),
-            "attention_mask": torch.tensor(encoded["attention_mask"], dtype=torch.int64),
-            "word_ids": torch.tensor(words, dtype=torch.int64),
+            "input_ids": torch.from_numpy(np.array(encoded["input_ids"], dtype=np.int64)),
+            "attention_mask": torch.from_numpy(np.array(encoded["attention_mask"], dtype=np.int64)),
+            "word_ids": torch.from_numpy(np.array(words, dtype=np.int64)),
         }
 
     def images(self, images: list[np.ndarray]) -> Tensor:

@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from sharding.cache import ShardCache
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 _NUMBERS = [
     "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
-    "crc32", "json_crc32", "width", "height", "frames", "duration",
+    "crc32", "json_crc32", "width", "height", "frames",
 ]  # fmt: skip
 _INDEX_BYTES = 128 << 20  # of indices held by a reader: some hundred shards of 10,000 samples
 _OPEN_SHARDS = 64
@@ -91,12 +92,18 @@ class _Index:
         strings = table.select(["key", "extension"]).combine_chunks()
         self.rows = len(table)
         self._keys, self._extensions = (column.combine_chunks() for column in strings.columns)
-        self._numbers = {name: table[name].to_numpy() for name in _NUMBERS}
-        self.size = strings.nbytes + sum(column.nbytes for column in self._numbers.values())
+        # A row's numbers side by side: one look-up a sample.
+        self._numbers = np.stack([table[name].to_numpy().astype(np.int64) for name in _NUMBERS], axis=1)
+        self._durations = table["duration"].to_numpy()
+        self.size = strings.nbytes + self._numbers.nbytes + self._durations.nbytes
 
     def row(self, row: int) -> dict[str, Any]:
-        fields = {name: column[row].item() for name, column in self._numbers.items()}
-        return {"key": self._keys[row].as_py(), "extension": self._extensions[row].as_py(), **fields}
+        return {
+            "key": self._keys[row].as_py(),
+            "extension": self._extensions[row].as_py(),
+            "duration": self._durations[row].item(),
+            **dict(zip(_NUMBERS, self._numbers[row].tolist(), strict=True)),
+        }
 
 
 class _Failed(NamedTuple):

@@ -12,24 +12,26 @@ holds a contiguous slice of the lanes::
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 from model import GLSCLConfig, GLSCLProcessor, PretrainingMasks, draw_masks
-from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
+from pipeline.config import StageBlock, TrainBlock
+from pipeline.training.augmentation import Augmentation
 from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder
+from pipeline.training.transport import SharedPixels, send_batches_through_slots, stack_pixels
+from sharding.decoding import decode_image
 from sharding.errors import BadData
-from sharding.media import decode_image, decode_video
+from sharding.media import decode_video
 from sharding.reader import RawSample, ShardReader
-from sharding.seeds import derive_seed
+from sharding.seeds import derive_seed, generator
 
 #: Batches that each loader process works on ahead of the training.
 PREFETCHED_BATCHES = 4
@@ -51,7 +53,7 @@ class Sample:
 
     slot: Slot
     key: str
-    pixels: torch.Tensor  # uint8 [F, 3, H, W]
+    pixels: torch.Tensor  # uint8 [F, 3, H, W], channels last in memory
     caption: str
     seed: int
     valid: bool
@@ -64,7 +66,7 @@ class Batch:
 
     input_ids: torch.Tensor  # int64 [B, T]
     attention_mask: torch.Tensor  # int64 [B, T]
-    pixel_values: torch.Tensor  # uint8 [B, F, 3, H, W]
+    pixel_values: torch.Tensor  # uint8 [B, F, 3, H, W], channels last in memory
     masks: PretrainingMasks
     valid: torch.Tensor  # bool [B]
     keys: list[str]
@@ -153,6 +155,12 @@ class StageSampler(Sampler[list[Slot]]):
         global_batch = self._stage.global_batch or self._train.global_batch
         return global_batch // (self._train.lanes * self._train.accumulation)
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of one worker in one contrastive batch."""
+        global_batch = self._stage.global_batch or self._train.global_batch
+        return global_batch // (self._train.accumulation * self._workers)
+
     def __len__(self) -> int:
         return (self._stage.steps - self._start_step) * self._train.accumulation
 
@@ -175,7 +183,13 @@ class StageDataset(Dataset[Sample]):
     ) -> None:
         self._readers, self._stage, self._seed = readers, stage, seed
         self._size = stage.resolution or image_size
-        self._transform = training_transform(stage.augmentation, self._size)
+        self._augmentation = Augmentation(stage.augmentation, self._size)
+
+    @property
+    def largest_pixels(self) -> int:
+        """Bytes of the pixels of the largest sample."""
+        images_only = all(reader.manifest.modality == "image" for reader in self._readers.values())
+        return (1 if images_only else self._stage.frames) * 3 * self._size**2
 
     def __getitem__(self, slot: Slot) -> Sample:
         return self.__getitems__([slot])[0]
@@ -203,57 +217,33 @@ class StageDataset(Dataset[Sample]):
 
     def _decoded(self, slot: Slot, raw: RawSample) -> Sample:
         seed = derive_seed(self._seed, "sample", self._stage.name, slot.epoch, raw.key)
-        generator = np.random.Generator(np.random.Philox(key=seed))
-        caption = raw.captions[int(generator.integers(len(raw.captions)))]
+        draws = generator(seed)
+        caption = raw.captions[int(draws.integers(len(raw.captions)))]
         if self._readers[slot.dataset].manifest.modality == "image":
-            frames = decode_image(raw.media)[None]
+            frames = decode_image(raw.media, self._augmentation.detail)[None]
         else:
-            positions = generator.random(self._stage.frames).tolist()
+            positions = draws.random(self._stage.frames).tolist()
             frames = decode_video(raw.media, self._stage.frames, positions)
-        pixels = torch.tensor(frames).permute(0, 3, 1, 2)  # a copy: decoded arrays may be read-only
-        # torchvision draws from torch's global generator; a fork seeded per sample keeps the draw the sample's own.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "augmentation"))
-            pixels = self._transform(pixels)
-        return Sample(slot, raw.key, pixels.contiguous(), caption, seed, valid=True)
+        pixels = self._augmentation(frames, draws)
+        return Sample(slot, raw.key, pixels, caption, seed, valid=True)
 
     def _masked(self, slot: Slot, key: str, cause: str | None) -> Sample:
         frames = 1 if self._readers[slot.dataset].manifest.modality == "image" else self._stage.frames
-        pixels = torch.zeros(frames, 3, self._size, self._size, dtype=torch.uint8)
+        pixels = torch.zeros(frames, self._size, self._size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         return Sample(slot, key, pixels, "", seed=0, valid=False, cause=cause)
-
-
-def training_transform(augmentation: AugmentationBlock, size: int) -> v2.Transform:
-    """uint8 [F, 3, H, W] -> uint8 [F, 3, size, size]; all frames of a clip get the same draw."""
-    steps: list[v2.Transform] = []
-    if augmentation.crop < 1.0:
-        interpolation = v2.InterpolationMode.BILINEAR
-        steps.append(
-            v2.RandomResizedCrop(
-                size, scale=(augmentation.crop, 1.0), interpolation=interpolation, antialias=True
-            )
-        )
-    else:
-        steps += [
-            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(size),
-        ]
-    if augmentation.flip > 0.0:
-        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
-    if augmentation.rand_augment:
-        steps.append(v2.RandAugment(2, 9))
-    return v2.Compose(steps)
 
 
 class Collator:
     """Samples -> :class:`Batch`: text tokenised and trimmed to the longest, masks drawn per sample."""
 
-    def __init__(self, config: GLSCLConfig, tokenizer: str, group_size: int) -> None:
-        self._config, self._group_size = config, group_size
+    def __init__(
+        self, config: GLSCLConfig, tokenizer: str, group_size: int, memory: SharedPixels | None
+    ) -> None:
+        self._config, self._group_size, self._memory = config, group_size, memory
         self._processor = GLSCLProcessor.from_config(config, tokenizer=tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        pixels = torch.stack([sample.pixels for sample in samples])
+        pixels = stack_pixels([sample.pixels for sample in samples], self._memory)
         valid = torch.tensor([sample.valid for sample in samples])
         text = self._processor.tokenize([sample.caption for sample in samples])
         masks = draw_masks(
@@ -300,19 +290,26 @@ def stage_loader(
         stage, train, readers, seed=seed, start_step=start_step, worker=worker, workers=workers
     )
     dataset = StageDataset(readers, stage, image_size=config.image_size, seed=seed)
+    memory = None
+    if train.loader_processes:
+        slots = PREFETCHED_BATCHES + 2  # the batch at hand and the one before it
+        size = dataset.largest_pixels * sampler.batch_size
+        memory = SharedPixels(train.loader_processes, slots, size)
     return DataLoader(
         dataset,
         batch_sampler=around(sampler) if around is not None else sampler,
         num_workers=train.loader_processes,
-        collate_fn=Collator(config, tokenizer, sampler.group_size),
+        collate_fn=Collator(config, tokenizer, sampler.group_size, memory),
         # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
         multiprocessing_context="forkserver" if train.loader_processes else None,
         prefetch_factor=PREFETCHED_BATCHES if train.loader_processes else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_single_thread,
+        worker_init_fn=_begin_loader_process,
     )
 
 
-def _single_thread(_: int) -> None:
+def _begin_loader_process(_: int) -> None:
     # Loader processes share the cores with the training; more threads each only contend.
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    send_batches_through_slots()

@@ -2,8 +2,11 @@
 
 import pickle
 
+import numpy as np
+import pytest
+
 from sharding.errors import BadData
-from sharding.seeds import derive_seed
+from sharding.seeds import derive_seed, generator
 
 
 def test_a_seed_is_the_same_for_ever():
@@ -36,3 +39,11 @@ def test_bad_data_keeps_cause_and_detail_through_pickling():
     error = pickle.loads(pickle.dumps(BadData("crc-mismatch", "shard 000001 key a")))  # noqa: S301
     assert (error.cause, error.detail) == ("crc-mismatch", "shard 000001 key a")
     assert str(error) == "crc-mismatch: shard 000001 key a"
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, 2**64 - 1])
+def test_a_generator_draws_what_philox_draws_with_the_seed_as_its_key(seed: int) -> None:
+    expected = np.random.Generator(np.random.Philox(key=seed))
+    drawn = generator(seed)
+    assert drawn.random(9).tolist() == expected.random(9).tolist()
+    assert drawn.integers(1000, size=9).tolist() == expected.integers(1000, size=9).tolist()

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pipeline.evaluation.config import TaskConfig
 from pipeline.evaluation.tasks.ranking import ITC_TIE, ITM_TIE, chance, ranks_of, recall, reranked, shortlist
+from sharding.decoding import decode_image
 from sharding.errors import BadData, BadDataLimit, UserError
-from sharding.media import decode_image, decode_video
+from sharding.media import decode_video
 
 if TYPE_CHECKING:
     from model import GLSCLForPreTraining, GLSCLProcessor
