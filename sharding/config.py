@@ -13,7 +13,7 @@ from sharding.manifest import Modality, canonical_digest
 from sharding.storage import normalise_url
 
 # Raised when the way samples are made changes, so that shards of two versions of this program never mix.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Scalar = str | int | float | bool
 

@@ -10,7 +10,6 @@ the slot as an empty one and count it; a shard that fails costs its own samples 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -24,9 +23,11 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from sharding.cache import ShardCache
+from sharding.captions import stored_captions
 from sharding.errors import BadData
 from sharding.index import read_index
 from sharding.manifest import Manifest, ShardRecord
+from sharding.overlay import Dropped
 from sharding.storage import Storage
 
 _T = TypeVar("_T")
@@ -114,7 +115,7 @@ class ShardReader:
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._failed: dict[tuple[str, int], _Failed] = {}
         self._is_local = self.dataset.local_path("") is not None
-        self._dropped = frozenset(self.manifest.dropped_keys)
+        self._dropped: Dropped | None = None  # loaded with the first sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {"dataset": self.dataset, "manifest": self.manifest, "cache": self.cache}
@@ -146,33 +147,30 @@ class ShardReader:
             raise IndexError(f"no row {row} in shard {shard}, which has {record.samples} samples")
         fields = self._index(shard).row(row)
         key = fields["key"]
-        if key in self._dropped:
+        if self._is_dropped(shard, row, key):
             raise BadData("dropped", f"{self._where(record, key)}: dropped by the manifest")
         members = [(fields[f"{name}_offset"], fields[f"{name}_size"]) for name in ("media", "text", "json")]
         begin = min(offset for offset, _ in members)
         end = max(offset + size for offset, size in members)
 
-        def read() -> tuple[bytes, bytes, bool]:
-            """The media and JSON members, and whether they came from the cache."""
+        def read() -> tuple[list[bytes], bool]:
+            """The media, text and JSON members, and whether they came from the cache."""
             data, cached = self._read_range(shard, begin, end - begin, key)
-            media, description = (
-                data[at - begin : at - begin + size] for at, size in (members[0], members[2])
-            )
-            return media, description, cached
+            return [data[at - begin : at - begin + size] for at, size in members], cached
 
-        media, description, cached = read()
+        (media, text, description), cached = read()
         if cached and self.cache is not None and zlib.crc32(media) != fields["crc32"]:
             # The copy was verified when it came: this disk has damaged it since.
             _log.warning("%s: the cached copy is damaged: discarded", self._where(record, key))
             self.cache.discard(record.sha256)
             with self._lock:
                 self._files.pop(shard, None)
-            media, description, _ = read()
+            (media, text, description), _ = read()
         if zlib.crc32(media) != fields["crc32"]:
             detail = f"{self._where(record, key)}: its bytes are not those that were written"
             raise BadData("crc-mismatch", detail)
         try:
-            captions = _captions(description)
+            captions = stored_captions(description, text, record.caption_field)
         except ValueError as error:
             raise BadData(
                 "bad-json", f"{self._where(record, key)}: no captions in its JSON ({error})"
@@ -187,6 +185,12 @@ class ShardReader:
             frames=fields["frames"],
             duration=fields["duration"],
         )
+
+    def _is_dropped(self, shard: int, row: int, key: str) -> bool:
+        with self._lock:
+            if self._dropped is None:
+                self._dropped = Dropped(self.dataset, self.manifest)
+        return self._dropped.holds(shard, row, key)
 
     def _where(self, record: ShardRecord, key: str) -> str:
         return f"{self.dataset.url_of(record.tar)}, key {key}"
@@ -283,11 +287,3 @@ class ShardReader:
         except BadData as error:
             self._failed[kind, shard] = _Failed(error.cause, error.detail, time.monotonic() + _FAILED_FOR_S)
             raise
-
-
-def _captions(data: bytes) -> list[str]:
-    value = json.loads(data.decode("utf-8"))
-    captions = value.get("captions") if isinstance(value, dict) else None
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise ValueError("they must be a list of texts")
-    return captions
