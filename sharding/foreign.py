@@ -47,6 +47,7 @@ from sharding.media import (
     MediaInfo,
     clip_packets,
     decoding,
+    is_animation,
     open_clip,
     probe_image,
     probe_video,

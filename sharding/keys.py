@@ -20,17 +20,17 @@ from sharding.storage import Storage
 
 @dataclass(frozen=True)
 class KeyedShard:
-    """A shard with its smallest and largest key."""
+    """A shard with its smallest and largest key; ``prefix`` stands before all of its keys (``first`` has it)."""
 
     dataset: Storage
     record: ShardRecord
     first: str
     last: str
+    prefix: str = ""
 
     def keys(self) -> list[str]:
         """All keys, from the index."""
-        keys: list[str] = load_index(self.dataset, self.record)["key"].to_pylist()
-        return keys
+        return [self.prefix + key for key in load_index(self.dataset, self.record)["key"].to_pylist()]
 
 
 @dataclass(frozen=True)
