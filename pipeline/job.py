@@ -34,10 +34,13 @@ from pipeline.training.loop import TrainingPlan, train
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.prepare import PreparedDataset, Progress, prepare
+from sharding.prepared import PreparedConfig, open_prepared
 from sharding.report import closing_table
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
+
+_INDEXED_AT_ONCE = 4  # tars of another program's dataset
 
 
 def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
@@ -91,11 +94,25 @@ def _open(job: JobConfig) -> Storage:
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
     prepared = {}
     for name, config in job.datasets.items():
+        if isinstance(config, PreparedConfig):
+            prepared[name] = _open_prepared(name, config, storage, console)
+            continue
         with show_progress(console, f"preparing {name}") as task:
             show = functools.partial(_show_preparation, task)
             prepared[name] = prepare(name, config, storage, in_flight=_preparation_slots(), progress=show)
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     return prepared
+
+
+def _open_prepared(name: str, config: PreparedConfig, storage: Storage, console: Console) -> PreparedDataset:
+    """Shards that are there already; those of another program's are indexed on first use."""
+    with show_progress(console, f"indexing {name}") as task:
+
+        def show(done: int, total: int) -> None:
+            task.update(done, total=total)
+
+        manifest = open_prepared(name, config, storage, jobs=_INDEXED_AT_ONCE, progress=show)
+    return PreparedDataset(config.prepared, manifest)
 
 
 def _preparation_slots() -> int:
@@ -154,7 +171,7 @@ def _dispatcher(
     return Dispatcher(
         run.storage,
         job.evaluate,
-        {task.dataset: storage.at(prepared[task.dataset].path) for task in job.evaluate.tasks},
+        {task.dataset: storage.resolve(prepared[task.dataset].path) for task in job.evaluate.tasks},
         tokenizer=job.model.tokenizer,
         on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
         retry_failed=retry_failed,

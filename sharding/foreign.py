@@ -66,6 +66,7 @@ _NAME = re.compile(
     r"((?:.*/)?[^./][^./]*)\.([^/]*)"
 )  # WebDataset's rule: up to the first dot of the last part
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KIND = "shards"  # of the source, in the manifest's configuration
 _SHOWN = 3  # examples of broken samples in an error
 
 
@@ -108,13 +109,16 @@ def index_shards(
         BadData: a tar is cut off or damaged; the detail names it and the byte.
         BadDataLimit: more unusable samples than ``bad_limit``.
     """
+    there = load_manifest(dataset) if dataset.exists(MANIFEST_PATH) else None
+    if there is not None and there.configuration.get("source", {}).get("kind") != _KIND:
+        return there  # made by this program: it needs no index
     tars = _list_tars(dataset)
     listing = canonical_digest([[file.path, file.size] for file in tars])
     configuration: dict[str, Any] = {
         "source": {"kind": "shards", "modality": modality, "caption_field": caption_field}
     }
-    if dataset.exists(MANIFEST_PATH):
-        return _finished(load_manifest(dataset), dataset, listing, configuration)
+    if there is not None:
+        return _finished(there, dataset, listing, configuration)
     if not tars:
         raise UserError(f"{dataset.url} has no .tar to index")
     dataset.check(write=True)
@@ -166,9 +170,7 @@ def _list_tars(dataset: Storage) -> list[StoredFile]:
 
 
 def _finished(manifest: Manifest, dataset: Storage, listing: str, configuration: dict[str, Any]) -> Manifest:
-    """The manifest that is there, if it is that of these tars and options; one that ``glscl prepare`` made always."""
-    if manifest.configuration.get("source", {}).get("kind") != "shards":
-        return manifest
+    """The manifest that is there, if it is that of these tars and options."""
     if manifest.source.get("digest") != listing:
         raise UserError(
             f"{dataset.url}: tars were added, removed or changed since it was indexed; delete its {MANIFEST_PATH} "

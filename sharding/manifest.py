@@ -217,6 +217,19 @@ def load_manifest(dataset: Storage, revision: int | None = None) -> Manifest:
     )
 
 
+def find_manifest(dataset: Storage, digest: str) -> Manifest | None:
+    """The manifest as it was when its digest was this one, whatever was retracted since; None if it never was.
+
+    Raises:
+        UserError: as ``load_manifest``.
+    """
+    newest = load_manifest(dataset)
+    if newest.digest == digest:
+        return newest
+    older = (load_manifest(dataset, revision) for revision in reversed(range(newest.revision)))
+    return next((manifest for manifest in older if manifest.digest == digest), None)
+
+
 def _is_revision(name: str) -> bool:
     number, dot, suffix = name.partition(".")
     return number.isascii() and number.isdigit() and (dot, suffix) == (".", "json")

@@ -263,13 +263,16 @@ def _make(target: Storage, job: _Job) -> ShardRecord:
 def _rename(source: Path, destination: Path, prefix: str, url: str) -> dict[int, int]:
     """Write a tar again with prefixed names; gives the offset of each member's data in the new one by the old."""
     places = {}
-    with source.open("rb") as file, destination.open("wb") as out:
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for member, data in TarWalk(file, url).members():
-                folder, slash, base = member.name.rpartition("/")
-                name = f"{prefix}{folder}{slash}{base}"
-                tar.addfile(member_info(name, member.size), io.BytesIO(data))
-                places[member.offset] = _data_offset(out, member.size)
+    with (
+        source.open("rb") as file,
+        destination.open("wb") as out,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for member, data in TarWalk(file, url).members():
+            # __classnames__.txt and the like are of no sample.
+            name = member.name if member.name.startswith("__") else prefix + member.name
+            tar.addfile(member_info(name, member.size), io.BytesIO(data))
+            places[member.offset] = _data_offset(out, member.size)
     return places
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "TableSource",
     "TaskFailed",
     "VideoConfig",
+    "check_name",
     "dataset_path",
     "prepare",
 ]
@@ -60,7 +61,7 @@ class TaskFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """``path`` is relative to the storage that ``prepare`` was given."""
+    """``path`` is relative to the storage that ``prepare`` was given; a url where the dataset was there before."""
 
     path: str
     manifest: Manifest
@@ -91,6 +92,12 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def check_name(name: str) -> None:
+    """UserError unless ``name`` can be part of a dataset's folder."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
 
 
 def dataset_path(name: str, config: PrepareConfig, source_digest: str) -> str:
@@ -126,8 +133,7 @@ def prepare(
     from sharding.sources import open_source
     from sharding.stages import WORK, Work
 
-    if not _NAME.fullmatch(name):
-        raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
+    check_name(name)
     tell = progress or (lambda _: None)
     source = open_source(config, storage)
     started = time.monotonic()

@@ -140,7 +140,7 @@ def _open_readers(storage: Storage, plan: TrainingPlan) -> dict[str, ShardReader
         cache = ShardCache(plan.scratch / "shards", plan.job.train.cache_mb * 2**20)
     readers = {}
     for name in sorted({name for stage in plan.job.train.stages for name in stage.mixture}):
-        dataset = storage.at(plan.datasets[name])
+        dataset = storage.resolve(plan.datasets[name])
         readers[name] = ShardReader(dataset, load_manifest(dataset), cache)
     return readers
 
