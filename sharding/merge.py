@@ -45,14 +45,12 @@ from sharding.manifest import (
     canonical_digest,
     load_manifest,
 )
-from sharding.overlay import Dropped, with_dropped
+from sharding.overlay import ROWS_SCHEMA, Dropped, with_dropped
 from sharding.storage import Storage
 from sharding.tarwalk import TarWalk
 from sharding.writer import member_info
 
 _PASS = 20_000_000  # digests looked at in one pass for duplicates: 24 bytes each
-
-_ROWS = pa.schema([("shard", pa.int32()), ("row", pa.int32()), ("key", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -297,17 +295,17 @@ def _moved(index: pa.Table, places: dict[int, int], prefix: str, url: str) -> pa
 def _overlay(work: list[_Job], drop_duplicates: bool, samples_per_pass: int) -> tuple[pa.Table, pa.Table]:
     """Rows of the result (shard, row, key) that the sources drop, and that are duplicates."""
     overlays = {id(job.source): Dropped(job.source.dataset, job.source.manifest) for job in work}
-    carried = [_ROWS.empty_table()]
+    carried = [ROWS_SCHEMA.empty_table()]
     for job in work:
         if len(overlays[id(job.source)]):
             index = load_index(job.source.dataset, job.source.manifest.shards[job.shard])
             mask = overlays[id(job.source)].mask(job.shard, index["key"])
             carried.append(_as_rows(job, index, np.flatnonzero(mask)))
     if not drop_duplicates:
-        return pa.concat_tables(carried), _ROWS.empty_table()
+        return pa.concat_tables(carried), ROWS_SCHEMA.empty_table()
     samples = sum(job.source.manifest.shards[job.shard].samples for job in work)
     passes = max(1, -(-samples // samples_per_pass))
-    copies = [_ROWS.empty_table()]
+    copies = [ROWS_SCHEMA.empty_table()]
     for number in range(passes):
         copies += _duplicates(work, overlays, number, passes)
     rows = pa.concat_tables(copies).sort_by([("shard", "ascending"), ("row", "ascending")])
@@ -341,5 +339,5 @@ def _as_rows(job: _Job, index: pa.Table, rows: np.ndarray) -> pa.Table:
     keys = [job.source.prefix + key for key in index["key"].take(pa.array(rows)).to_pylist()]
     shard = np.full(len(rows), job.number, np.int32)
     return pa.table(
-        [pa.array(shard), pa.array(rows.astype(np.int32)), pa.array(keys, pa.string())], schema=_ROWS
+        [pa.array(shard), pa.array(rows.astype(np.int32)), pa.array(keys, pa.string())], schema=ROWS_SCHEMA
     )

@@ -45,7 +45,8 @@ INLINE_KEYS = 1000
 _READS_AT_ONCE = 8
 _NAMED = 5  # keys shown in an error
 
-_ROWS_SCHEMA = pa.schema(
+#: Samples by their place: in the order of shard and row.
+ROWS_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int32(), nullable=False),  # number in the manifest
         pa.field("row", pa.int32(), nullable=False),
@@ -103,12 +104,12 @@ def load_rows(dataset: Storage, rows: DroppedRows) -> pa.Table:
         raise UserError(f"{url} is missing: it says which samples were retracted") from None
     if hashlib.sha256(data).hexdigest() != rows.sha256:
         raise UserError(f"{url} was changed or damaged: it says which samples were retracted")
-    return pq.read_table(pa.BufferReader(data)).cast(_ROWS_SCHEMA)
+    return pq.read_table(pa.BufferReader(data)).cast(ROWS_SCHEMA)
 
 
 def write_rows(dataset: Storage, table: pa.Table) -> DroppedRows:
     """Store rows (shard, row, key) under the sha256 of their file."""
-    table = table.cast(_ROWS_SCHEMA).sort_by([("shard", "ascending"), ("row", "ascending")])
+    table = table.cast(ROWS_SCHEMA).sort_by([("shard", "ascending"), ("row", "ascending")])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", version="2.6")
     data = sink.getvalue()
@@ -191,7 +192,7 @@ def undo(dataset: Storage, *, reason: str, dry_run: bool = False) -> Retracted:
         back = before.retractions[revision - 1]
         entry = Retraction(samples=former.dropped - before.dropped, reason=reason, rule=f"undo {revision}")
         after = former.model_copy(update={"retractions": [*before.retractions, entry]})
-        result = Retracted(before, after, _ROWS_SCHEMA.empty_table(), back.samples, [])
+        result = Retracted(before, after, ROWS_SCHEMA.empty_table(), back.samples, [])
         if dry_run or _commit(dataset, after):
             return result
 
@@ -278,7 +279,7 @@ def _find(
     numbers = list(range(len(manifest.shards)))
     if likely is not None:
         numbers.sort(key=lambda number: not likely(manifest.shards[number]))
-    parts, found = [_ROWS_SCHEMA.empty_table()], 0
+    parts, found = [ROWS_SCHEMA.empty_table()], 0
     if enough == 0:
         return parts[0]
     for number, index in _indexes(dataset, manifest, numbers):
@@ -286,7 +287,7 @@ def _find(
         if len(picked):
             shard = pa.array(np.full(len(picked), number, np.int32))
             columns = [shard, pa.array(picked.astype(np.int32)), index["key"].take(pa.array(picked))]
-            parts.append(pa.table(columns, schema=_ROWS_SCHEMA))
+            parts.append(pa.table(columns, schema=ROWS_SCHEMA))
             found += len(picked)
         if found == enough:
             break
