@@ -44,6 +44,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("captions", pa.int32(), nullable=False),  # how many
         pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes
         pa.field("source", pa.string(), nullable=False),  # address the media came from
+        pa.field("caption_words", pa.int32()),  # of the first caption, between white space
     ]
 )
 
@@ -71,6 +72,7 @@ class IndexRow:
     captions: int
     sha256: str
     source: str
+    caption_words: int | None = None
 
 
 def index_table(rows: Sequence[IndexRow]) -> pa.Table:

@@ -96,6 +96,7 @@ class ShardWriter:
             captions=len(captions),
             sha256=sha256,
             source=source,
+            caption_words=len(captions[0].split()),
         )
         self.add_members(row, members)
 
