@@ -175,6 +175,24 @@ def verify(
 
 
 @shards.command()
+def stats(url: DatasetUrl, as_json: AsJson = False, endpoint_url: Endpoint = None) -> None:
+    """Show how sizes, lengths and scores of a dataset's samples spread, from the indexes alone.
+
+    Example: `glscl shards stats s3://bucket/datasets/birds-0123`
+    """
+    from pipeline import shards_view
+    from sharding.manifest import load_manifest
+    from sharding.statistics import dataset_statistics
+
+    dataset = _open(url, endpoint_url)
+    found = dataset_statistics(dataset, load_manifest(dataset))
+    if as_json:
+        _print_json(shards_view.statistics(found))
+    else:
+        shards_view.print_statistics(found, _console())
+
+
+@shards.command()
 def retract(
     url: DatasetUrl,
     key: Annotated[list[str], typer.Option(help="A key to drop. May be repeated.", show_default=False)] = [],  # noqa: B006 - typer copies it

@@ -15,10 +15,12 @@ from sharding.index import load_index
 from sharding.manifest import Manifest
 from sharding.overlay import Retracted
 from sharding.reader import ShardReader
+from sharding.statistics import ROW_HEAD, Distribution, Statistics, bin_edges
 from sharding.storage import Storage
 from sharding.verify import Verification
 
 _SHOWN_KEYS = 20
+_SPARKS, _BLOCKS = 20, " ▁▂▃▄▅▆▇█"
 _SHOWN_FAULTS = 1000
 
 
@@ -157,6 +159,58 @@ def print_sample(value: dict[str, Any], console: Console, out: Path | None) -> N
     if out is not None:
         grid.add_row("media", str(out))
     console.print(grid, highlight=False, markup=False, soft_wrap=True)
+
+
+def statistics(found: Statistics) -> dict[str, Any]:
+    """The statistics with the figures of ``--json``: of each distribution its bounds, mean, quantiles and bins."""
+    value = found.to_json()
+    for name, spread in found.distributions.items():
+        figures = {f"p{share}": spread.quantile(share / 100) for share in (5, 25, 50, 75, 95)}
+        bins = [
+            [*bin_edges(number, linear=spread.linear), count] for number, count in sorted(spread.bins.items())
+        ]
+        value["distributions"][name] = {
+            "count": spread.count,
+            "smallest": spread.smallest,
+            "largest": spread.largest,
+            "mean": spread.mean,
+            **figures,
+            "bins": bins,
+        }
+    return value
+
+
+def print_statistics(found: Statistics, console: Console) -> None:
+    """Totals, a line a quantity with a small histogram, and the media's formats."""
+    _line(
+        console,
+        f"{found.samples:,} samples, {found.captions:,} captions, {found.shards:,} shards of "
+        f"{_mib(found.shard_bytes)} MiB, media of {_mib(found.media_bytes)} MiB",
+    )
+    formats = ", ".join(f"{name} {number:,}" for name, number in found.extensions.items())
+    _line(console, f"media: {formats or 'none'}")
+    if not found.samples:
+        return
+    table = _table(console, *ROW_HEAD, "spread, from the smallest to the largest")
+    for column in table.columns[1 : len(ROW_HEAD)]:
+        column.justify = "right"
+    for row, spread in zip(found.rows(), found.distributions.values(), strict=True):
+        table.add_row(*row, _sparkline(spread))
+    console.print(table)
+
+
+def _sparkline(spread: Distribution) -> str:
+    """A histogram a line high: equal steps of the bins' numbers (of the logarithm, unless linear)."""
+    numbers = sorted(spread.bins)
+    # Zeros have a bin far below all others: they count as the lowest.
+    low = next((number for number in numbers if bin_edges(number, linear=spread.linear)[1] != 0), numbers[0])
+    high = max(low, numbers[-1])
+    width = min(_SPARKS, high - low + 1)
+    columns = [0] * width
+    for number, count in spread.bins.items():
+        columns[(max(number, low) - low) * width // (high - low + 1)] += count
+    top = max(columns)
+    return "".join(_BLOCKS[-(-count * (len(_BLOCKS) - 1) // top)] for count in columns)
 
 
 def verification(found: Verification) -> dict[str, Any]:

@@ -345,6 +345,7 @@ class _TarIndex:
             "frames": info.frames,
             "duration": info.duration,
             "caption_length": len(captions[0]),
+            "caption_words": len(captions[0].split()),
             "captions": len(captions),
             "sha256": facts.get("sha256") or hashlib.sha256(data).hexdigest(),
             "source": facts.get("source", ""),

@@ -23,6 +23,7 @@ ROW = IndexRow(
     frames=1,
     duration=0.5,
     caption_length=5,
+    caption_words=1,
     captions=2,
     sha256="ab" * 32,
     source="a/ü.png",
