@@ -221,8 +221,8 @@ def retract(
     """Drop samples from a dataset, by key or by rule, without rewriting its shards.
 
     What is dropped is never read again, by any program that reads through the manifest; the tars keep it. The
-    dataset's digest changes, so a training that is under way refuses to go on: finish it first, or undo the retraction
-    until it is done, or begin again under another name with the weights of its last checkpoint.
+    dataset has another digest then, but the order of its samples stays: a dropped sample leaves its slot empty, and a
+    training under way leaves it out from its next start on. `--undo` brings it back, and the former digest with it.
 
     Example: `glscl shards retract s3://bucket/datasets/birds-0123 --where "score < 0.2" --reason "unlike its caption"`
     """

@@ -293,7 +293,7 @@ def print_retraction(result: Retracted, console: Console, *, dry_run: bool, undo
     if before.digest != after.digest:
         _line(console, f"digest {before.digest[:12]} -> {after.digest[:12]}")
     if not dry_run and before.digest != after.digest:
-        _line(console, "a training under way with the former digest does not go on with this one")
+        _line(console, "a training under way reads what it read before until it is started again")
 
 
 def print_merged(value: dict[str, Any], console: Console) -> None:

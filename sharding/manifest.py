@@ -16,9 +16,10 @@ Dropping samples later never rewrites a tar, nor the manifest: the newest file i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -155,18 +156,41 @@ class Manifest(BaseModel):
     dropped_rows: DroppedRows | None = None
     retractions: list[Retraction] = Field(default_factory=list)
 
-    @property
-    def digest(self) -> str:
-        """sha256 (64 hex digits) that names the dataset: of what it holds, hence of every byte of its shards.
+    @functools.cached_property
+    def shards_digest(self) -> str:
+        """sha256 (64 hex digits) of what the shards hold, hence of every byte of them, without the overlay.
 
-        Not of how it was made or where from: the same corpus in another place, prepared the same way, is the
-        same dataset, and a training on it takes the same order. A retraction changes it, and undoing that
-        retraction gives the former digest again.
+        Not of how they were made or where from: the same corpus in another place, prepared the same way, has
+        the same. The order of a training's samples follows it, so that a retraction leaves all others in their
+        places, and a run goes on.
         """
-        held = {"format", "version", "modality", "shards", "dropped_keys", "dropped_rows"}
-        return canonical_digest(self.model_dump(mode="json", include=held))
+        return canonical_digest(
+            self.model_dump(mode="json", include={"format", "version", "modality", "shards"})
+        )
 
-    @property
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 (64 hex digits) that names the dataset: its shards, and what was retracted from them.
+
+        Undoing a retraction gives the former digest again.
+        """
+        rows = self.dropped_rows.sha256 if self.dropped_rows else None
+        return canonical_digest(
+            {"shards": self.shards_digest, "dropped_keys": self.dropped_keys, "dropped_rows": rows}
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader processes get it pickled: as JSON several times faster than record by record.
+        return Manifest.model_validate_json, (self.model_dump_json(),)
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        # model_copy(update=...) comes this way: other data, other digest.
+        for kept in ("shards_digest", "digest", "samples"):
+            copied.__dict__.pop(kept, None)
+        return copied
+
+    @functools.cached_property
     def samples(self) -> int:
         """Samples in the shards (dropped ones included: they keep their slots)."""
         return sum(shard.samples for shard in self.shards)
@@ -239,23 +263,21 @@ _Model = TypeVar("_Model", Manifest, OverlayRevision)
 
 
 def _load(dataset: Storage, path: str, model: type[_Model]) -> _Model:
-    url, kind = dataset.url_of(path), model.model_fields["format"].default
+    url = dataset.url_of(path)
     try:
-        value = dataset.read_json(path)
+        data = dataset.read_bytes(path)
     except FileNotFoundError:
         raise UserError(
             f"no dataset at {dataset.url}: it has no {path} (was `glscl prepare` finished?)"
         ) from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{error}: prepare the dataset again") from None
-    if isinstance(value, dict) and value.get("format") == kind and value.get("version") != 1:
-        raise UserError(f"{url} has version {value.get('version')!r}; this program reads version 1")
     try:
-        return model.model_validate(value)
+        return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        what = "a dataset manifest" if model is Manifest else "an overlay of a dataset"
-        raise UserError(f"{url} is not {what}: {field}: {first['msg']}") from None
+        first = next((one for one in error.errors() if one["loc"] == ("version",)), error.errors()[0])
+    if first["type"] == "json_invalid":
+        raise UserError(f"{url} is not valid JSON ({first['msg']}): prepare the dataset again")
+    if first["type"] == "literal_error" and first["loc"] == ("version",):
+        raise UserError(f"{url} has version {first['input']!r}; this program reads version 1")
+    field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+    what = "a dataset manifest" if model is Manifest else "an overlay of a dataset"
+    raise UserError(f"{url} is not {what}: {field}: {first['msg']}")

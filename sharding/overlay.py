@@ -9,9 +9,9 @@ is one more change.
 Few dropped keys stand in the overlay's file itself, for people to read. More than ``INLINE_KEYS`` are in a
 Parquet file named by its sha256, one row (shard, row, key) each: 8 bytes of memory a dropped sample in a reader.
 
-The digest of the dataset changes with every change. A training that is under way does not go on over changed data:
-it is finished on the data it began with (undo the retraction, and do it again afterwards), or begun again
-under another name, with its last checkpoint's weights.
+The digest of the dataset changes with every change, but not the order of its samples: a dropped one keeps its slot,
+which stays empty. A training under way leaves out what was dropped from its next start on (a process that runs now
+has its manifest loaded).
 """
 
 from __future__ import annotations

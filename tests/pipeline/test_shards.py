@@ -140,7 +140,7 @@ def test_retract_drops_by_key_file_and_rule_and_undoes(dataset, tmp_path):
     assert load_manifest(dataset).digest == value["digest"] != digest
     text = glscl("retract", dataset.url, "--where", "source = 'source/1.jpg'", "--reason", "by rule").stdout
     assert "1 of 8 samples are dropped" in text
-    assert "does not go on" in text
+    assert "until it is started again" in text
     shown = glscl("inspect", dataset.url).stdout
     assert "5 (3 of 8 retracted)" in shown
     assert "asked to" in shown
