@@ -84,15 +84,23 @@ class Dropped:
         at = int(np.searchsorted(self._places, place))
         return at < len(self._places) and int(self._places[at]) == place
 
+    def among(self, rows: pa.Table) -> np.ndarray:
+        """Which of the samples in rows (shard, row, key) are dropped: bool [rows]."""
+        dropped: np.ndarray = np.isin(_places(rows), self._places)
+        return dropped | self._by_key(rows["key"])
+
     def mask(self, shard: int, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Which samples of a shard are dropped: bool [rows], of its keys in the order of the index."""
-        dropped = np.zeros(len(keys), dtype=bool)
-        if self._keys:
-            among = pc.is_in(keys, value_set=pa.array(sorted(self._keys), pa.string()))
-            dropped |= among.to_numpy(zero_copy_only=False)
+        dropped = self._by_key(keys)
         begin, end = np.searchsorted(self._places, (shard << 32, (shard + 1) << 32))
         dropped[self._places[begin:end] & 0xFFFFFFFF] = True
         return dropped
+
+    def _by_key(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        if not self._keys:
+            return np.zeros(len(keys), dtype=bool)
+        found = pc.is_in(keys, value_set=pa.array(sorted(self._keys), pa.string()))
+        return np.array(found.to_numpy(zero_copy_only=False))
 
 
 def load_rows(dataset: Storage, rows: DroppedRows) -> pa.Table:
@@ -223,9 +231,7 @@ def _retract(
         before = load_manifest(dataset)
         found = _find(dataset, before, choice, likely, enough)
         unknown = check(found, before)
-        dropped = Dropped(dataset, before)
-        new = [not dropped.holds(shard, row, key) for shard, row, key in _rows(found)]
-        rows = found.filter(pa.array(new, pa.bool_()))
+        rows = found.filter(pa.array(~Dropped(dataset, before).among(found)))
         already = len(found) - len(rows)
         if not len(rows):
             return Retracted(before, before, rows, already, unknown)
@@ -307,11 +313,6 @@ def _likely_first(keys: pa.Array) -> Callable[[ShardRecord], bool]:
     """Shards whose name a key begins with, as the keys of a prepared dataset do: usually no other need be read."""
     stems = {key.partition("-")[0] for key in keys.to_pylist()}
     return lambda record: record.name in stems
-
-
-def _rows(table: pa.Table) -> Iterator[tuple[int, int, str]]:
-    for batch in table.to_batches(max_chunksize=10_000):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def _places(table: pa.Table) -> np.ndarray:

@@ -467,7 +467,7 @@ def _overlay_faults(dataset: Storage, manifest: Manifest) -> list[Fault]:
 def _check_folder(dataset: Storage, manifest: Manifest, result: Verification) -> None:
     """A tar that the manifest does not name is a fault: plain WebDataset readers would take it. Others are not."""
     known = {shard.tar for shard in manifest.shards} | {shard.index for shard in manifest.shards}
-    known |= {MANIFEST_PATH, "plan.json"}
+    known |= {MANIFEST_PATH, "plan.json", "report.html"}
     for file in dataset.list():
         folder = file.path.partition("/")[0]
         if file.path in known or folder in ("plan", "commits", "index", OVERLAY_FOLDER):
