@@ -45,7 +45,11 @@ _KINDS: tuple[_Kind, ...] = ("media", "text", "json")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong. ``offset`` in bytes from the beginning of ``file``, where one can be given."""
+    """One thing that is wrong.
+
+    ``offset``: byte of ``file``; of a changed header or padding the first that is changed, of a changed member the
+    first of its data (its crc32 says no more), of a cut file its end. None where no place can be given.
+    """
 
     cause: str
     file: str

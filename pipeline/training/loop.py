@@ -44,7 +44,7 @@ class TrainingPlan:
 
     Attributes:
         job: the validated job.
-        datasets: folder of each prepared dataset, relative to the job's storage.
+        datasets: folder of each prepared dataset, relative to the job's storage, or its url.
         run_path: the run's folder, relative to the job's storage.
         tracking_key: names the MLflow run before it has an id (the server may be away at the start).
         tracking_run: the id of the MLflow run, if there is one yet.
