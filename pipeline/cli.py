@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from pipeline.shards import shards
+
 if TYPE_CHECKING:
     from pipeline.config import JobConfig
 
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(shards)
 
 JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="JOB.yaml", show_default=False)]
 Overrides = Annotated[
@@ -290,7 +293,7 @@ def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
     from pipeline.errors import NonFiniteLoss
-    from sharding.errors import BadDataLimit, StorageFault, UserError
+    from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
     logging.basicConfig(
@@ -305,7 +308,7 @@ def main() -> None:
         app()
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
-    except (BadDataLimit, NonFiniteLoss, StorageFault, TaskFailed, WorkerGroupError) as error:
+    except (BadData, BadDataLimit, NonFiniteLoss, StorageFault, TaskFailed, WorkerGroupError) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
@@ -24,6 +24,7 @@ from pipeline.tracking import TrackingConfig
 from sharding.errors import UserError
 from sharding.order import LARGEST_WINDOW
 from sharding.prepare import PrepareConfig
+from sharding.prepared import PreparedConfig
 from sharding.storage import StorageConfig
 
 ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
@@ -245,13 +246,29 @@ class CheckpointBlock(Block):
     )
 
 
+# Tags of the two kinds of datasets. They are no keys of the YAML, so error messages leave them out.
+_FROM_SOURCE, _PREPARED = "(from a source)", "(prepared)"
+
+
+def _dataset_kind(block: Any) -> str:
+    is_prepared = "prepared" in block if isinstance(block, dict) else isinstance(block, PreparedConfig)
+    return _PREPARED if is_prepared else _FROM_SOURCE
+
+
+#: A dataset is made from a source, or is there already.
+DatasetConfig = Annotated[
+    Annotated[PrepareConfig, Tag(_FROM_SOURCE)] | Annotated[PreparedConfig, Tag(_PREPARED)],
+    Discriminator(_dataset_kind),
+]
+
+
 class JobConfig(Block):
     """One job: raw corpus -> shards -> training -> checkpoints -> evaluations -> MLflow."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seed: Annotated[int, Field(ge=0)] = 0
     storage: StorageConfig
-    datasets: Annotated[dict[str, PrepareConfig], Field(min_length=1)]
+    datasets: Annotated[dict[str, DatasetConfig], Field(min_length=1)]
     model: ModelBlock = Field(
         default_factory=ModelBlock
     )  # made when asked for: it looks into `model`, hence torch
@@ -400,7 +417,8 @@ def _descend(node: Any, part: str, override: str, path: str, *, create: bool) ->
 
 
 def _explain(detail: Any) -> str:
-    location = [part for part in detail["loc"] if not str(part).startswith("function-")]
+    tags = (_FROM_SOURCE, _PREPARED)
+    location = [p for p in detail["loc"] if not str(p).startswith("function-") and p not in tags]
     field = ".".join(str(part) for part in location) or "job"
     if detail["type"] == "extra_forbidden":
         known = _fields_at(JobConfig, location[:-1])

@@ -36,6 +36,7 @@ from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
 from sharding.prepare import PrepareConfig, PreparedDataset, Progress, prepare
+from sharding.prepared import PreparedConfig, open_prepared
 from sharding.report import closing_table
 from sharding.storage import Storage, open_storage
 
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 #: Causes of dropping that the line of a running preparation names.
 _CAUSES_SHOWN = 3
+_INDEXED_AT_ONCE = 4  # tars of another program's dataset
 
 
 def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
@@ -96,7 +98,10 @@ def _open(job: JobConfig) -> Storage:
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
     prepared = {}
     for name, config in job.datasets.items():
-        prepared[name] = _prepare_one(job, name, config, storage, console)
+        if isinstance(config, PreparedConfig):
+            prepared[name] = _open_prepared(name, config, storage, console)
+        else:
+            prepared[name] = _prepare_one(job, name, config, storage, console)
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     grid = Table.grid(padding=(0, 2))
     for name, dataset in prepared.items():
@@ -121,6 +126,17 @@ def _prepare_one(
         dataset = prepare(name, config, storage, in_flight=slots, progress=update, on_start=tracker.start)
         tracker.finish(dataset, storage.at(dataset.path))
         return dataset
+
+
+def _open_prepared(name: str, config: PreparedConfig, storage: Storage, console: Console) -> PreparedDataset:
+    """Shards that are there already; those of another program's are indexed on first use."""
+    with show_progress(console, f"indexing {name}") as task:
+
+        def show(done: int, total: int) -> None:
+            task.update(done, total=total)
+
+        manifest = open_prepared(name, config, storage, jobs=_INDEXED_AT_ONCE, progress=show)
+    return PreparedDataset(config.prepared, manifest)
 
 
 def _preparation_slots() -> int:
@@ -184,7 +200,7 @@ def _dispatcher(
     return Dispatcher(
         run.storage,
         job.evaluate,
-        {task.dataset: storage.at(prepared[task.dataset].path) for task in job.evaluate.tasks},
+        {task.dataset: storage.resolve(prepared[task.dataset].path) for task in job.evaluate.tasks},
         tokenizer=job.model.tokenizer,
         on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
         retry_failed=retry_failed,

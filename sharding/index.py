@@ -2,17 +2,26 @@
 
 With it a sample is one range read, and a plan over the dataset needs no tar. One row a sample, in the order
 of the tar. Offsets are those of a member's *data* (its 512-byte header lies before); the members of one key
-are contiguous, so that one read from the smallest offset to the largest end has all of them.
+are contiguous, so that one read from the smallest offset to the largest end has all of them. A sample of
+another program's shard may lack the text or the JSON: then its size is 0 and its offset that of the media.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sharding.errors import BadData
+
+if TYPE_CHECKING:
+    from sharding.manifest import ShardRecord
+    from sharding.storage import Storage
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -25,6 +34,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("json_offset", pa.int64(), nullable=False),
         pa.field("json_size", pa.int64(), nullable=False),
         pa.field("crc32", pa.uint32(), nullable=False),  # of the media member
+        pa.field("text_crc32", pa.uint32(), nullable=False),
         pa.field("json_crc32", pa.uint32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),  # pixels, of the media as stored
         pa.field("height", pa.int32(), nullable=False),
@@ -52,6 +62,7 @@ class IndexRow:
     json_offset: int
     json_size: int
     crc32: int
+    text_crc32: int
     json_crc32: int
     width: int
     height: int
@@ -95,3 +106,27 @@ def read_index(data: bytes) -> pa.Table:
         return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"the index has a column of another type: {error}") from None
+
+
+def load_index(dataset: Storage, record: ShardRecord) -> pa.Table:
+    """The index of a shard, checked against the manifest's record of it.
+
+    Raises:
+        BadData: ``missing-index`` or ``index-mismatch``; the detail names the url.
+    """
+    url = dataset.url_of(record.index)
+    try:
+        data = dataset.read_bytes(record.index)
+    except FileNotFoundError:
+        raise BadData("missing-index", f"{url} does not exist, but the manifest names it") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != record.index_sha256:
+        detail = f"{url} was changed or damaged: sha256 {found}, but {record.index_sha256} in the manifest"
+        raise BadData("index-mismatch", detail)
+    try:
+        table = read_index(data)
+    except ValueError as error:
+        raise BadData("index-mismatch", f"{url}: {error}") from None
+    if len(table) != record.samples:
+        raise BadData("index-mismatch", f"{url} has {len(table)} rows, the manifest {record.samples}")
+    return table

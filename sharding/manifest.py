@@ -8,9 +8,11 @@ A dataset is a folder of the job's storage::
     000000.parquet       its index (sharding/index.py)
     commits/000000.json  the commit record of a task: the shard exists when this does
     report.html          what was kept and dropped, for people (sharding/report_page.py)
-    manifest.json        written last: the dataset exists when this does
+    manifest.json        written last: the dataset exists when this does; never changed afterwards
+    overlay/000001.json  first retraction (sharding/overlay.py): which samples are dropped since, and why
 
-Dropping samples later never rewrites a tar: ``dropped_keys`` is an overlay over the shards.
+Dropping samples later never rewrites a tar, nor the manifest: the newest file in ``overlay/`` lies over it, and
+``load_manifest`` gives both as one. The files before it are the history.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST_PATH = "manifest.json"
 REPORT_PATH = "report.html"
+OVERLAY_FOLDER = "overlay"
 
 Modality = Literal["image", "video"]
 
@@ -41,7 +44,12 @@ def canonical_digest(value: Any) -> str:
 
 
 class ShardRecord(BaseModel):
-    """One shard: ``NAME.tar`` with ``samples`` samples, and its index ``NAME.parquet``. Sizes in bytes."""
+    """One shard: ``NAME.tar`` with ``samples`` samples, and its index. Sizes in bytes.
+
+    ``caption_field``: None where this program wrote the tar. In a tar of another program's
+    (``sharding.foreign``) the field of a sample's JSON that holds its captions; it may hold samples and members
+    that the index does not name, and its index lies apart, since NAME.parquet may be the other program's own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +59,7 @@ class ShardRecord(BaseModel):
     sha256: str
     index_bytes: int = Field(gt=0)
     index_sha256: str
+    caption_field: str | None = None
 
     @property
     def tar(self) -> str:
@@ -60,7 +69,7 @@ class ShardRecord(BaseModel):
     @property
     def index(self) -> str:
         """Path of the Parquet index relative to the dataset."""
-        return f"{self.name}.parquet"
+        return f"{self.name}.parquet" if self.caption_field is None else f"index/{self.name}.parquet"
 
 
 class Counts(BaseModel):
@@ -95,8 +104,49 @@ def _added(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
     return {cause: left.get(cause, 0) + right.get(cause, 0) for cause in sorted({*left, *right})}
 
 
+class DroppedRows(BaseModel):
+    """A Parquet file of dropped samples: ``path`` relative to the dataset, size in bytes, ``samples`` rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    bytes: int = Field(gt=0)
+    sha256: str
+    samples: int = Field(gt=0)
+
+
+class Retraction(BaseModel):
+    """One change of the overlay: ``samples`` more dropped (fewer, where it undid one), why and by what rule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int
+    reason: str
+    rule: str
+
+
+class OverlayRevision(BaseModel):
+    """A file ``overlay/NNNNNN.json``: all that is dropped since the manifest was written, and the history.
+
+    ``base`` is the digest of the manifest it lies over. Few keys stand in it; many are in a file of rows, and then
+    ``dropped_keys`` is empty. One of the two holds everything: no older file is needed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["glscl-overlay"] = "glscl-overlay"
+    version: Literal[1] = 1
+    base: str
+    dropped_keys: list[str] = Field(default_factory=list)
+    dropped_rows: DroppedRows | None = None
+    history: list[Retraction]
+
+
 class Manifest(BaseModel):
-    """The whole dataset. ``source`` holds the url, the number of inputs and the digest of their listing."""
+    """The whole dataset. ``source`` holds the url, the number of inputs and the digest of their listing.
+
+    What is dropped is either in ``dropped_keys`` or in the file ``dropped_rows``; ask ``sharding.overlay.Dropped``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,6 +160,8 @@ class Manifest(BaseModel):
     shards: list[ShardRecord]
     counts: Counts
     dropped_keys: list[str] = Field(default_factory=list)
+    dropped_rows: DroppedRows | None = None
+    retractions: list[Retraction] = Field(default_factory=list)
 
     @functools.cached_property
     def shards_digest(self) -> str:
@@ -125,8 +177,14 @@ class Manifest(BaseModel):
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 (64 hex digits) that names the dataset: its shards, and what was retracted from them."""
-        return canonical_digest({"shards": self.shards_digest, "dropped_keys": self.dropped_keys})
+        """sha256 (64 hex digits) that names the dataset: its shards, and what was retracted from them.
+
+        Undoing a retraction gives the former digest again.
+        """
+        rows = self.dropped_rows.sha256 if self.dropped_rows else None
+        return canonical_digest(
+            {"shards": self.shards_digest, "dropped_keys": self.dropped_keys, "dropped_rows": rows}
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader processes get it pickled: as JSON several times faster than record by record.
@@ -141,25 +199,86 @@ class Manifest(BaseModel):
 
     @functools.cached_property
     def samples(self) -> int:
-        """Samples in the shards (those of the ``dropped_keys`` overlay included: they keep their slots)."""
+        """Samples in the shards (dropped ones included: they keep their slots)."""
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def dropped(self) -> int:
+        """Samples dropped by the overlay."""
+        return len(self.dropped_keys) + (self.dropped_rows.samples if self.dropped_rows else 0)
 
-def load_manifest(dataset: Storage) -> Manifest:
-    """The manifest of the dataset in this folder.
+    @property
+    def revision(self) -> int:
+        """How many times the overlay was changed."""
+        return len(self.retractions)
+
+
+def overlay_path(revision: int) -> str:
+    """Where the overlay's file of this number (from 1) lies in a dataset."""
+    return f"{OVERLAY_FOLDER}/{revision:06d}.json"
+
+
+def load_manifest(dataset: Storage, revision: int | None = None) -> Manifest:
+    """The manifest of the dataset in this folder, with its newest overlay.
+
+    Args:
+        revision: that of the overlay instead of the newest; 0: as the dataset was made.
 
     Raises:
         UserError: there is none, or it is not one this version can read; the message names the url.
     """
-    url = dataset.url_of(MANIFEST_PATH)
+    manifest = _load(dataset, MANIFEST_PATH, Manifest)
+    if revision is None:
+        names = (file.path.rpartition("/")[2] for file in dataset.list(OVERLAY_FOLDER))
+        revision = max((int(name[:-5]) for name in names if _is_revision(name)), default=0)
+    if revision == 0:
+        return manifest
+    url = dataset.url_of(overlay_path(revision))
+    overlay = _load(dataset, overlay_path(revision), OverlayRevision)
+    if overlay.base != manifest.digest or len(overlay.history) != revision:
+        raise UserError(
+            f"{url} belongs to another dataset or another state of it, not to its {MANIFEST_PATH}"
+        )
+    return manifest.model_copy(
+        update={
+            "dropped_keys": overlay.dropped_keys,
+            "dropped_rows": overlay.dropped_rows,
+            "retractions": overlay.history,
+        }
+    )
+
+
+def find_manifest(dataset: Storage, digest: str) -> Manifest | None:
+    """The manifest as it was when its digest was this one, whatever was retracted since; None if it never was.
+
+    Raises:
+        UserError: as ``load_manifest``.
+    """
+    newest = load_manifest(dataset)
+    if newest.digest == digest:
+        return newest
+    older = (load_manifest(dataset, revision) for revision in reversed(range(newest.revision)))
+    return next((manifest for manifest in older if manifest.digest == digest), None)
+
+
+def _is_revision(name: str) -> bool:
+    number, dot, suffix = name.partition(".")
+    return number.isascii() and number.isdigit() and (dot, suffix) == (".", "json")
+
+
+_Model = TypeVar("_Model", Manifest, OverlayRevision)
+
+
+def _load(dataset: Storage, path: str, model: type[_Model]) -> _Model:
+    url = dataset.url_of(path)
     try:
-        data = dataset.read_bytes(MANIFEST_PATH)
+        data = dataset.read_bytes(path)
     except FileNotFoundError:
         raise UserError(
-            f"no dataset at {dataset.url}: it has no {MANIFEST_PATH} (was `glscl prepare` finished?)"
+            f"no dataset at {dataset.url}: it has no {path} (was `glscl prepare` finished?)"
         ) from None
     try:
-        return Manifest.model_validate_json(data)
+        return model.model_validate_json(data)
     except ValidationError as error:
         first = next((one for one in error.errors() if one["loc"] == ("version",)), error.errors()[0])
     if first["type"] == "json_invalid":
@@ -167,4 +286,5 @@ def load_manifest(dataset: Storage) -> Manifest:
     if first["type"] == "literal_error" and first["loc"] == ("version",):
         raise UserError(f"{url} has version {first['input']!r}; this program reads version 1")
     field = ".".join(str(part) for part in first["loc"]) or "the whole file"
-    raise UserError(f"{url} is not a dataset manifest: {field}: {first['msg']}")
+    what = "a dataset manifest" if model is Manifest else "an overlay of a dataset"
+    raise UserError(f"{url} is not {what}: {field}: {first['msg']}")

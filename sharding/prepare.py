@@ -65,6 +65,7 @@ __all__ = [
     "TaskFailed",
     "VideoConfig",
     "WebDatasetSource",
+    "check_name",
     "dataset_path",
     "prepare",
 ]
@@ -78,7 +79,7 @@ class TaskFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """``path`` is relative to the storage that ``prepare`` was given."""
+    """``path`` is relative to the storage that ``prepare`` was given; a url where the dataset was there before."""
 
     path: str
     manifest: Manifest
@@ -143,6 +144,12 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
+def check_name(name: str) -> None:
+    """UserError unless ``name`` can be part of a dataset's folder."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
+
+
 def dataset_path(name: str, config: PrepareConfig, source_digest: str) -> str:
     """``datasets/NAME-DIGEST``: another configuration or another listing of the source is another dataset."""
     digest = canonical_digest({"configuration": config.digest, "source": source_digest})
@@ -180,8 +187,7 @@ def prepare(
     from sharding.stages import WORK, Work
     from sharding.summary import load_summary
 
-    if not _NAME.fullmatch(name):
-        raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
+    check_name(name)
     tell = progress or (lambda _: None)
     source = open_source(config, storage)
     started = time.monotonic()

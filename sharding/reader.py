@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -28,9 +27,11 @@ import numpy as np
 import pyarrow as pa
 
 from sharding.cache import ShardCache
+from sharding.captions import stored_captions
 from sharding.errors import BadData
 from sharding.index import read_index
 from sharding.manifest import Manifest, ShardRecord
+from sharding.overlay import Dropped
 from sharding.storage import Storage
 
 _T = TypeVar("_T")
@@ -38,8 +39,9 @@ _log = logging.getLogger(__name__)
 
 _NUMBERS = [
     "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
-    "crc32", "json_crc32", "width", "height", "frames",
+    "crc32", "text_crc32", "json_crc32", "width", "height", "frames",
 ]  # fmt: skip
+_CHECKSUMS = (("media", "crc32"), ("text", "text_crc32"), ("json", "json_crc32"))
 _INDEX_BYTES = 128 << 20  # of indices held by a reader: some hundred shards of 10,000 samples
 _OPEN_SHARDS = 64
 _OPEN_LEASES = 8  # few: what a reader holds open cannot be evicted
@@ -141,7 +143,7 @@ class ShardReader:
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._failed: dict[tuple[str, int], _Failed] = {}
         self._is_local = self.dataset.local_path("") is not None
-        self._dropped = frozenset(self.manifest.dropped_keys)
+        self._dropped: Dropped | None = None  # loaded with the first sample
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("dataset", "manifest", "cache", "fetches")
@@ -279,7 +281,7 @@ class ShardReader:
             raise IndexError(f"no row {row} in shard {shard}, which has {record.samples} samples")
         fields = self._index(shard).row(row)
         key = fields["key"]
-        if key in self._dropped:
+        if self._is_dropped(shard, row, key):
             raise BadData("dropped", f"{self._where(record, key)}: dropped by the manifest")
         members = [(fields[f"{name}_offset"], fields[f"{name}_size"]) for name in ("media", "text", "json")]
         begin = min(offset for offset, _ in members)
@@ -292,7 +294,9 @@ class ShardReader:
             raise BadData("crc-mismatch", f"{where}: its bytes are not those that were written")
         fields = place.fields
         try:
-            captions = _captions(_member(place, data, "json"))
+            record = self.manifest.shards[place.shard]
+            description, text = _member(place, data, "json"), _member(place, data, "text")
+            captions = stored_captions(description, text, record.caption_field)
         except ValueError as error:
             raise BadData("bad-json", f"{where}: no captions in its JSON ({error})") from None
         return RawSample(
@@ -305,6 +309,12 @@ class ShardReader:
             frames=fields["frames"],
             duration=fields["duration"],
         )
+
+    def _is_dropped(self, shard: int, row: int, key: str) -> bool:
+        with self._lock:
+            if self._dropped is None:
+                self._dropped = Dropped(self.dataset, self.manifest)
+        return self._dropped.holds(shard, row, key)
 
     def _where(self, record: ShardRecord, key: str) -> str:
         return f"{self.dataset.url_of(record.tar)}, key {key}"
@@ -438,25 +448,15 @@ class ShardReader:
             raise
 
 
-def _captions(data: bytes) -> list[str]:
-    value = json.loads(data.decode("utf-8"))
-    captions = value.get("captions") if isinstance(value, dict) else None
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise ValueError("they must be a list of texts")
-    return captions
-
-
 def _member(place: _Place, data: bytes, name: str) -> bytes:
     at = place.fields[f"{name}_offset"] - place.begin
     return data[at : at + place.fields[f"{name}_size"]]
 
 
 def _is_right(place: _Place, data: bytes) -> bool:
-    """Whether the bytes of a place are all there, and media and JSON those that were written."""
-    return (
-        len(data) == place.end - place.begin
-        and zlib.crc32(_member(place, data, "media")) == place.fields["crc32"]
-        and zlib.crc32(_member(place, data, "json")) == place.fields["json_crc32"]
+    """Whether the bytes of a place are all there, and each member's those that were written."""
+    return len(data) == place.end - place.begin and all(
+        zlib.crc32(_member(place, data, name)) == place.fields[checksum] for name, checksum in _CHECKSUMS
     )
 
 

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.errors import BadData
-from sharding.index import read_index
+from sharding.index import load_index
 from sharding.manifest import Manifest, ShardRecord
+from sharding.overlay import Dropped
 from sharding.storage import Storage
 
 ROW_HEAD = ("", "smallest", "5 %", "median", "mean", "95 %", "largest")
@@ -258,41 +258,29 @@ def _floats(index: pa.Table, name: str) -> np.ndarray:
 
 
 def dataset_statistics(dataset: Storage, manifest: Manifest) -> Statistics:
-    """Of all samples of a dataset but those in ``manifest.dropped_keys``, from its shards' indexes.
+    """Of all samples of a dataset but those that its overlay drops, from its shards' indexes.
 
     Reads each index once, a few at a time; holds at most 64 of them.
 
     Raises:
-        BadData: an index is missing or is no index; the detail names its url.
+        BadData: an index is missing or is not the manifest's; the detail names its url.
     """
-    dropped = pa.array(manifest.dropped_keys, pa.string())
+    dropped = Dropped(dataset, manifest)
 
-    def read(shard: ShardRecord) -> Statistics:
-        index = _index(dataset, shard)
+    def read(number: int) -> Statistics:
+        shard = manifest.shards[number]
+        index = load_index(dataset, shard)
         if len(dropped):
-            index = index.filter(pc.invert(pc.is_in(index.column("key"), dropped)))
+            index = index.filter(pa.array(~dropped.mask(number, index.column("key"))))
         return index_statistics(index, shard)
 
     total = Statistics()
     with ThreadPoolExecutor(_READERS) as pool:
-        for shards in _batches(manifest.shards):
-            for found in pool.map(read, shards):
+        for start in range(0, len(manifest.shards), _SHARDS_AT_ONCE):
+            numbers = range(start, min(start + _SHARDS_AT_ONCE, len(manifest.shards)))
+            for found in pool.map(read, numbers):
                 total = total.plus(found)
     return total
-
-
-def _index(dataset: Storage, shard: ShardRecord) -> pa.Table:
-    try:
-        return read_index(dataset.read_bytes(shard.index))
-    except FileNotFoundError:
-        raise BadData("missing-index", f"{dataset.url_of(shard.index)} does not exist") from None
-    except ValueError as error:
-        raise BadData("index-mismatch", f"{dataset.url_of(shard.index)}: {error}") from None
-
-
-def _batches(shards: list[ShardRecord]) -> Iterator[list[ShardRecord]]:
-    for start in range(0, len(shards), _SHARDS_AT_ONCE):
-        yield shards[start : start + _SHARDS_AT_ONCE]
 
 
 def short_number(value: float) -> str:

@@ -24,6 +24,14 @@ from sharding.storage_file import writing
 _OWNER = "glscl"
 
 
+def member_info(name: str, size: int) -> tarfile.TarInfo:
+    """The header of a member of ``size`` bytes; of equal arguments equal bytes."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o444
+    member.uname = member.gname = _OWNER
+    return member
+
+
 class ShardWriter:
     """Writes one tar on the local disk and keeps the rows of its index.
 
@@ -84,6 +92,7 @@ class ShardWriter:
             json_offset=0,
             json_size=len(members["json"]),
             crc32=zlib.crc32(media.data),
+            text_crc32=zlib.crc32(members["txt"]),
             json_crc32=zlib.crc32(members["json"]),
             width=info.width,
             height=info.height,
@@ -112,11 +121,8 @@ class ShardWriter:
         )
 
     def _add(self, name: str, data: bytes) -> int:
-        member = tarfile.TarInfo(name)
-        member.size, member.mode = len(data), 0o444
-        member.uname = member.gname = _OWNER
         with writing(self.path):
-            self._tar.addfile(member, io.BytesIO(data))
+            self._tar.addfile(member_info(name, len(data)), io.BytesIO(data))
         blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         return self._file.tell() - blocks
 

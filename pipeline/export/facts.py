@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.ledger import Ledger, Outcome
 from pipeline.export.source import RunSource
-from sharding.manifest import MANIFEST_PATH, Manifest, load_manifest
+from sharding.manifest import MANIFEST_PATH, Manifest, find_manifest
 
 if TYPE_CHECKING:
     from model import GLSCLConfig
@@ -161,10 +161,9 @@ def _data(
 
 def _manifest(source: RunSource, name: str, digest: str) -> Manifest | None:
     path = source.record["datasets"].get(name)
-    if path is None or not source.root.at(path).exists(MANIFEST_PATH):
+    if path is None or not source.root.resolve(path).exists(MANIFEST_PATH):
         return None
-    manifest = load_manifest(source.root.at(path))
-    return manifest if manifest.digest == digest else None
+    return find_manifest(source.root.resolve(path), digest)
 
 
 def _count(weights: Path) -> int:

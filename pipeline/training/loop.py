@@ -45,7 +45,7 @@ class TrainingPlan:
 
     Attributes:
         job: the validated job.
-        datasets: folder of each prepared dataset, relative to the job's storage.
+        datasets: folder of each prepared dataset, relative to the job's storage, or its url.
         run_path: the run's folder, relative to the job's storage.
         tracking_key: names the MLflow run before it has an id (the server may be away at the start).
         tracking_run: the id of the MLflow run, if there is one yet.
@@ -142,7 +142,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
 def _open_readers(storage: Storage, plan: TrainingPlan, workers_on_node: int) -> dict[str, ShardReader]:
     """A reader for each dataset that some stage trains on."""
     names = sorted({name for stage in plan.job.train.stages for name in stage.mixture})
-    datasets = {name: storage.at(plan.datasets[name]) for name in names}
+    datasets = {name: storage.resolve(plan.datasets[name]) for name in names}
     manifests = {name: load_manifest(dataset) for name, dataset in datasets.items()}
     remote = {name: manifests[name] for name, dataset in datasets.items() if dataset.local_path("") is None}
     cache = open_cache(plan.scratch / "shards", plan.job.train, remote, workers_on_node)
@@ -166,8 +166,8 @@ def _tell_retracted(readers: dict[str, ShardReader], newest: Checkpoint | None) 
     """Say what is left out of each dataset, and where that is no longer what it was at the checkpoint."""
     for name, reader in readers.items():
         manifest = reader.manifest
-        if manifest.dropped_keys:
-            share = f"{len(manifest.dropped_keys)} of {manifest.samples} samples"
+        if manifest.dropped:
+            share = f"{manifest.dropped} of {manifest.samples} samples"
             logger.info("%s: %s are retracted; their slots stay empty", name, share)
         if newest is not None and newest.record["data"][name] != manifest.digest:
             logger.warning("%s: other samples are retracted than at step %d", name, newest.step)

@@ -1,0 +1,380 @@
+"""WebDataset tars of other programs (``webdataset.ShardWriter``, img2dataset, ...) as a dataset of ours.
+
+What such a folder lacks is an index and a manifest; they are made by reading every tar once, and the tars are never
+touched::
+
+    00000.tar  00000.parquet  00000_stats.json     as img2dataset leaves them (the .parquet is its own)
+    index/00000.parquet                            our index
+    index/00000.json                               its commit record: this tar is done
+    manifest.json                                  written last
+
+Killed at any moment and run again, only tars without a record are read. A tar of another size than recorded is read
+again; whether one was changed otherwise, ``glscl shards verify`` tells.
+
+Captions come from the JSON (one text or a list, under a given field), else from the text member, one a line. Samples
+without caption or media, or whose media have no readable header, are counted by cause and left out of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from sharding.captions import stored_captions
+from sharding.errors import BadData, BadDataLimit, UserError
+from sharding.index import INDEX_SCHEMA, index_table, write_index
+from sharding.keys import keyed_shard, repeated_keys
+from sharding.manifest import (
+    MANIFEST_PATH,
+    Counts,
+    Manifest,
+    Modality,
+    ShardRecord,
+    canonical_digest,
+    load_manifest,
+)
+from sharding.media import (
+    MediaInfo,
+    clip_packets,
+    decoding,
+    is_animation,
+    open_clip,
+    probe_image,
+    probe_video,
+    video_stream,
+)
+from sharding.storage import Storage, StoredFile
+from sharding.tarwalk import Member, TarWalk
+
+_MEDIA: dict[Modality, frozenset[str]] = {
+    "image": frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}),
+    "video": frozenset({"mp4", "webm", "mkv", "avi", "mov", "ogv", "flv", "ts", "gif", "webp", "m4v"}),
+}
+_TEXTS = ("txt", "text", "caption")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_NAME = re.compile(
+    r"((?:.*/)?[^./][^./]*)\.([^/]*)"
+)  # WebDataset's rule: up to the first dot of the last part
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KIND = "shards"  # of the source, in the manifest's configuration
+_SHOWN = 3  # examples of broken samples in an error
+
+
+class ForeignRecord(BaseModel):
+    """Commit record of one tar: what was found in it. ``tar_bytes``: its size when it was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tar_bytes: int
+    modality: Modality
+    caption_field: str
+    shard: ShardRecord | None
+    counts: Counts
+    examples: list[str]
+
+
+def index_shards(
+    dataset: Storage,
+    modality: Modality,
+    *,
+    name: str = "",
+    caption_field: str = "caption",
+    bad_limit: float = 0.1,
+    jobs: int = 4,
+    progress: Callable[[int, int, ForeignRecord], None] | None = None,
+) -> Manifest:
+    """Make the indexes and the manifest of a folder of tars, or return the manifest that is there.
+
+    Args:
+        dataset: the folder; tars in folders below it count too. It must be writable unless the manifest is there.
+        name: of the dataset; default: that of the folder.
+        caption_field: of the JSON members: a text, or a list of texts.
+        bad_limit: share of samples that may be unusable.
+        jobs: tars read at a time; each takes the memory of one sample and of its index.
+        progress: called after each tar with (number done, number of tars, its record).
+
+    Raises:
+        UserError: no tars, compressed tars, a key that stands twice, members of a key that do not lie together;
+            a manifest is there that is another program's, or whose tars or options are others.
+        BadData: a tar is cut off or damaged; the detail names it and the byte.
+        BadDataLimit: more unusable samples than ``bad_limit``.
+    """
+    there = load_manifest(dataset) if dataset.exists(MANIFEST_PATH) else None
+    if there is not None and there.configuration.get("source", {}).get("kind") != _KIND:
+        return there  # made by this program: it needs no index
+    tars = _list_tars(dataset)
+    listing = canonical_digest([[file.path, file.size] for file in tars])
+    configuration: dict[str, Any] = {
+        "source": {"kind": "shards", "modality": modality, "caption_field": caption_field}
+    }
+    if there is not None:
+        return _finished(there, dataset, listing, configuration)
+    if not tars:
+        raise UserError(f"{dataset.url} has no .tar to index")
+    dataset.check(write=True)
+    records: list[ForeignRecord] = []
+    with ThreadPoolExecutor(jobs, thread_name_prefix="index") as pool:
+        try:
+            for record in pool.map(lambda file: _index_tar(dataset, file, modality, caption_field), tars):
+                records.append(record)
+                if progress is not None:
+                    progress(len(records), len(tars), record)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    shards = [record.shard for record in records if record.shard is not None]
+    counts = Counts()
+    for record in records:
+        counts = counts.plus(record.counts)
+    _check_counts(dataset, records, counts, bad_limit)
+    repeated = repeated_keys([keyed_shard(dataset, shard) for shard in shards], limit=1)
+    if repeated:
+        where = " and ".join(dict.fromkeys(shard.record.tar for shard in repeated[0].shards))
+        raise UserError(
+            f"{dataset.url}: the key {repeated[0].key} stands twice ({where}); keys must be unique in a dataset"
+        )
+    manifest = Manifest(
+        name=name or dataset.url.rpartition("/")[2],
+        modality=modality,
+        configuration=configuration,
+        configuration_digest=canonical_digest(configuration),
+        source={"url": dataset.url, "inputs": counts.read, "digest": listing},
+        shards=shards,
+        counts=counts,
+    )
+    dataset.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _list_tars(dataset: Storage) -> list[StoredFile]:
+    tars = []
+    for file in dataset.list():
+        if file.path.endswith(_COMPRESSED):
+            raise UserError(
+                f"{dataset.url_of(file.path)} is compressed: samples cannot be read from it one by one; unpack it "
+                "to a plain .tar"
+            )
+        if file.path.endswith(".tar"):
+            tars.append(file)
+    return tars
+
+
+def _finished(manifest: Manifest, dataset: Storage, listing: str, configuration: dict[str, Any]) -> Manifest:
+    """The manifest that is there, if it is that of these tars and options."""
+    if manifest.source.get("digest") != listing:
+        raise UserError(
+            f"{dataset.url}: tars were added, removed or changed since it was indexed; delete its {MANIFEST_PATH} "
+            "(and its folder overlay) to index it again: what has not changed is not read again"
+        )
+    if manifest.configuration != configuration:
+        raise UserError(
+            f"{dataset.url} was indexed as {manifest.configuration['source']}; delete its "
+            f"{MANIFEST_PATH} to change that"
+        )
+    return manifest
+
+
+def _check_counts(dataset: Storage, records: list[ForeignRecord], counts: Counts, bad_limit: float) -> None:
+    bad = counts.read - counts.kept
+    causes = ", ".join(f"{cause} {number}" for cause, number in counts.dropped.items())
+    examples = [example for record in records for example in record.examples][:_SHOWN]
+    if bad > bad_limit * counts.read:
+        raise BadDataLimit(
+            f"{bad} of {counts.read} samples of {dataset.url} cannot be used, which is more than {bad_limit:g} "
+            f"({causes}); for example {'; '.join(examples)}"
+        )
+    if not counts.kept:
+        raise UserError(f"{dataset.url}: no sample with media and captions in its tars")
+
+
+def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_field: str) -> ForeignRecord:
+    """Index one tar, unless its record says that this was done."""
+    name = file.path[: -len(".tar")]
+    path = f"index/{name}.json"
+    try:
+        record = ForeignRecord.model_validate(dataset.read_json(path))
+    except FileNotFoundError:
+        pass
+    else:
+        if (record.tar_bytes, record.modality, record.caption_field) == (file.size, modality, caption_field):
+            return record
+    url = dataset.url_of(file.path)
+    reader = _TarIndex(url, modality, caption_field)
+    with dataset.open(file.path) as stream:
+        walk = TarWalk(stream, url)
+        for sample in _samples(walk, url):
+            reader.add(sample)
+    shard = None
+    if reader.rows:
+        index = write_index(pa.concat_tables([*reader.tables(), index_table([])]))
+        shard = ShardRecord(
+            name=name,
+            samples=reader.rows,
+            bytes=walk.size,
+            sha256=walk.sha256,
+            index_bytes=len(index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            caption_field=caption_field,
+        )
+        dataset.write_bytes(shard.index, index)
+    record = ForeignRecord(
+        tar_bytes=file.size,
+        modality=modality,
+        caption_field=caption_field,
+        shard=shard,
+        counts=reader.counts,
+        examples=reader.examples,
+    )
+    dataset.write_json(path, record.model_dump(mode="json"))
+    return record
+
+
+@dataclass
+class _Sample:
+    """The members of a key, by extension (lower case)."""
+
+    key: str
+    members: dict[str, tuple[Member, bytes]] = field(default_factory=dict)
+
+
+def _samples(walk: TarWalk, url: str) -> Iterator[_Sample]:
+    """Members in groups by key, which must lie together."""
+    current, seen = _Sample(""), set[str]()
+    for member, data in walk.members():
+        match = _NAME.fullmatch(member.name)
+        if match is None or member.name.startswith("__"):  # __classnames__.txt and the like describe the tar
+            continue
+        key, extension = match[1], match[2].lower()
+        if key != current.key:
+            if key in seen:
+                raise UserError(
+                    f"{url}: {member.name} at byte {member.header_offset} belongs to a key that stands further up: "
+                    "the members of a sample must lie together, and no key may stand twice"
+                )
+            seen.add(key)
+            if current.key:
+                yield current
+            current = _Sample(key)
+        if extension in current.members:
+            raise UserError(f"{url}: {member.name} stands twice, again at byte {member.header_offset}")
+        current.members[extension] = (member, data)
+    if current.key:
+        yield current
+
+
+class _TarIndex:
+    """Collects the rows of one tar's index, and what is wrong with samples."""
+
+    def __init__(self, url: str, modality: Modality, caption_field: str) -> None:
+        self._url, self._modality, self._field = url, modality, caption_field
+        self._rows: list[dict[str, object]] = []
+        self._tables: list[pa.Table] = []
+        self._dropped: Counter[str] = Counter()
+        self.rows = 0
+        self.examples: list[str] = []
+
+    @property
+    def counts(self) -> Counts:
+        """Samples seen, indexed, and left out by cause."""
+        dropped = dict(sorted(self._dropped.items()))
+        return Counts(read=self.rows + self._dropped.total(), kept=self.rows, dropped=dropped)
+
+    def add(self, sample: _Sample) -> None:
+        """Index a sample, or count why it cannot be used."""
+        try:
+            self._rows.append(self._row(sample))
+        except BadData as error:
+            self._dropped[error.cause] += 1
+            if len(self.examples) < _SHOWN:
+                self.examples.append(f"{self._url}, key {sample.key}: {error}")
+            return
+        self.rows += 1
+        if len(self._rows) >= 1000:  # columns take a tenth of the memory of rows
+            self._flush()
+
+    def tables(self) -> list[pa.Table]:
+        """The rows, in order."""
+        self._flush()
+        return self._tables
+
+    def _flush(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA))
+        self._rows = []
+
+    def _row(self, sample: _Sample) -> dict[str, object]:
+        found = [name for name in sample.members if name in _MEDIA[self._modality]]
+        if len(found) != 1:
+            names = ", ".join(sorted(sample.members))
+            cause = "several-media" if found else "no-media"
+            raise BadData(cause, f"its members are {names}: one {self._modality} is wanted")
+        extension = found[0]
+        media, data = sample.members[extension]
+        missing = (Member("", 0, media.offset, 0), b"")
+        text, words = next((sample.members[name] for name in _TEXTS if name in sample.members), missing)
+        description, value = sample.members.get("json", missing)
+        try:
+            captions = stored_captions(value, words, self._field)
+        except ValueError as error:
+            raise BadData("no-caption", str(error)) from None
+        info = _probe(data, self._modality)
+        facts = _facts(value)
+        return {
+            "key": sample.key,
+            "extension": extension,
+            "media_offset": media.offset,
+            "media_size": media.size,
+            "text_offset": text.offset,
+            "text_size": text.size,
+            "json_offset": description.offset,
+            "json_size": description.size,
+            "crc32": zlib.crc32(data),
+            "text_crc32": zlib.crc32(words),
+            "json_crc32": zlib.crc32(value),
+            "width": info.width,
+            "height": info.height,
+            "frames": info.frames,
+            "duration": info.duration,
+            "caption_length": len(captions[0]),
+            "caption_words": len(captions[0].split()),
+            "captions": len(captions),
+            "sha256": facts.get("sha256") or hashlib.sha256(data).hexdigest(),
+            "source": facts.get("source", ""),
+        }
+
+
+def _facts(description: bytes) -> dict[str, str]:
+    """Source and digest of the source's bytes, where a JSON member has them as img2dataset writes them."""
+    value = json.loads(description) if description else {}
+    facts = {}
+    if isinstance(value, dict):
+        digest = value.get("sha256")
+        if isinstance(digest, str) and _SHA256.fullmatch(digest.lower()):
+            facts["sha256"] = digest.lower()
+        source = next((value[name] for name in ("source", "url") if isinstance(value.get(name), str)), "")
+        facts["source"] = source
+    return facts
+
+
+def _probe(data: bytes, modality: Modality) -> MediaInfo:
+    """Size, and of a clip the frames and seconds, from headers and packet times; nothing is decoded."""
+    if modality == "image":
+        return probe_image(data)
+    info = probe_video(data)
+    if is_animation(data):
+        return info
+    with decoding(), open_clip(data) as container:
+        stream = video_stream(container, info.width * info.height)
+        times = clip_packets(container, stream).times
+        step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0
+        seconds = float((times[-1] - times[0] + step) * (stream.time_base or 0))
+        return MediaInfo(info.width, info.height, len(times), round(seconds, 6))
