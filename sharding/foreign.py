@@ -43,16 +43,8 @@ from sharding.manifest import (
     canonical_digest,
     load_manifest,
 )
-from sharding.media import (
-    MediaInfo,
-    clip_packets,
-    decoding,
-    is_animation,
-    open_clip,
-    probe_image,
-    probe_video,
-    video_stream,
-)
+from sharding.media import MediaInfo, decoding, probe_image, probe_video
+from sharding.media.video import clip_packets, is_animation, open_clip, video_stream
 from sharding.storage import Storage, StoredFile
 from sharding.tarwalk import Member, TarWalk
 

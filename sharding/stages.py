@@ -12,7 +12,8 @@ exchange looks at all of them only when all are there. It is bounded because a b
 the digests (16 bytes each), read from the staged indexes; media are read and encoded once only.
 A dataset of one task, or one that keeps duplicates, needs no exchange: ``encode`` then commits by itself.
 
-Every task is idempotent: its record is written last, and with the record there it does nothing.
+Every task is idempotent: its record is written last, and with the record there it does nothing. Before its record
+it writes a few small pictures (``sharding/contact.py``) for the closing report (``sharding/summary.py``).
 """
 
 from __future__ import annotations

@@ -98,9 +98,9 @@ def test_the_page_needs_no_other_file_and_forbids_itself_to_load_one():
 
 
 def test_the_page_is_bounded_whatever_the_corpus():
-    causes = {f"cause-{number:03d}": 1000 - number for number in range(300)}
+    causes = {f"cause-{number:03d}": 1000 - number for number in range(60)}
     collector = Collector("000000", "image", "image", 1)
-    heavy = _noise(1)
+    heavy = _noise(1, 128)
     for number in range(KEPT):
         encoded = Encoded(heavy, "jpg", MediaInfo(300, 300))
         collector.keep(number, f"k{number}", encoded, ["x" * 10_000], "y" * 10_000)
