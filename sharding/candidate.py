@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sharding.config import PrepareConfig
 from sharding.errors import BadData
-from sharding.filters import CaptionFilter, Filters, MediaFilter, build_filters
+from sharding.filters.build import build_filters
 from sharding.media import Encoded, MediaInfo, encode_image, probe_image, probe_video
 from sharding.sources.fetch import Fetched, public_address
 from sharding.sources.folder import parse_sidecar
@@ -17,7 +17,7 @@ from sharding.transcode import ClipLimits, transcode_video
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sample that passed every filter but the one of duplicates; ``captions_dropped`` counts by cause."""
+    """A sample that passed the filters of single inputs; ``captions_dropped`` counts by cause."""
 
     media: Encoded
     captions: list[str]
@@ -31,7 +31,7 @@ class Examiner:
 
     def __init__(self, config: PrepareConfig) -> None:
         self._config = config
-        self._filters: Filters = build_filters(config)
+        self._filters = build_filters(config.filters)
         clip = config.clip
         self._limits = ClipLimits(
             resize=clip.resize,
@@ -55,9 +55,9 @@ class Examiner:
         if not fetched.media:
             raise BadData("decode-failed", "the file is empty")
         captions, dropped = self._captions(fetched)
-        _ask(self._filters.source, self._probe(fetched.media))
+        self._filters.check_header(self._probe(fetched.media))
         encoded = self._encode(fetched.media)
-        _ask(self._filters.stored, encoded.info)
+        self._filters.check_stored(encoded, captions)
         digest = hashlib.sha256(fetched.media).hexdigest()
         return Candidate(encoded, captions, digest, public_address(fetched.input.address), dropped)
 
@@ -68,9 +68,10 @@ class Examiner:
             texts, not_text = parse_sidecar(fetched.sidecar, suffix)
         dropped = Counter({"caption-not-text": not_text} if not_text else {})
         kept: list[str] = []
-        for text in texts:
-            caption = " ".join(text.split())
-            cause = _failing(self._filters.captions, caption)
+        captions = [" ".join(text.split()) for text in texts]
+        self._filters.check_texts(captions)
+        for caption in captions:
+            cause = self._filters.objection(caption)
             if cause is not None:
                 dropped[cause] += 1
             elif caption not in kept:
@@ -97,14 +98,3 @@ class Examiner:
             alpha=picture.alpha,
             max_pixels=picture.max_pixels,
         )
-
-
-def _failing(filters: list[CaptionFilter], caption: str) -> str | None:
-    return next((item.cause for item in filters if not item.keeps(caption)), None)
-
-
-def _ask(filters: list[MediaFilter], info: MediaInfo) -> None:
-    for item in filters:
-        if not item.keeps(info):
-            detail = f"{info.width}x{info.height}, {info.frames} frames, {info.duration:.2f} s"
-            raise BadData(item.cause, detail)

@@ -33,6 +33,9 @@ INDEX_SCHEMA = pa.schema(
         pa.field("captions", pa.int32(), nullable=False),  # how many
         pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes
         pa.field("source", pa.string(), nullable=False),  # address the media came from
+        pa.field("phash", pa.uint64()),  # perceptual hash of what is stored (sharding/fingerprint.py)
+        pa.field("pixels", pa.string()),  # digest of its pixels before they were encoded
+        pa.field("score", pa.float32()),  # image-text score, where a scorer was asked
     ]
 )
 
@@ -58,6 +61,9 @@ class IndexRow:
     captions: int
     sha256: str
     source: str
+    phash: int | None = None
+    pixels: str | None = None
+    score: float | None = None
 
 
 def index_table(rows: Sequence[IndexRow]) -> pa.Table:

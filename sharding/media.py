@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sharding.errors import BadData
+from sharding.fingerprint import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     import av
@@ -32,12 +33,16 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """Pixels of one frame; number of frames (1 for an image); duration in seconds (0 for an image)."""
+    """Pixels of one frame; number of frames (1 for an image); duration in seconds (0 for an image).
+
+    ``animated``: of a source only, whether an image file holds more than one picture to be shown in turn.
+    """
 
     width: int
     height: int
     frames: int = 1
     duration: float = 0.0
+    animated: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Encoded:
     data: bytes
     extension: str
     info: MediaInfo
+    fingerprint: Fingerprint | None = None
 
 
 @contextmanager
@@ -99,7 +105,9 @@ def probe_image(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
         BadData: not an image of a known format, or ``too-many-pixels``.
     """
     with _open_image(data, max_pixels) as image:
-        return MediaInfo(width=image.width, height=image.height)
+        # Pages of a TIFF are no animation.
+        animated = image.format != "TIFF" and bool(getattr(image, "is_animated", False))
+        return MediaInfo(width=image.width, height=image.height, animated=animated)
 
 
 @decoding()
@@ -143,7 +151,8 @@ def encode_image(
         image.save(sink, "JPEG", quality=quality)
     else:
         image.save(sink, "PNG")
-    return Encoded(sink.getvalue(), image_format, MediaInfo(width=image.width, height=image.height))
+    info = MediaInfo(width=image.width, height=image.height)
+    return Encoded(sink.getvalue(), image_format, info, fingerprint([image]))
 
 
 def _prepared_image(data: bytes, resize: int | None, alpha: str, max_pixels: int) -> Image.Image:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sharding.errors import BadData
+from sharding.fingerprint import Fingerprint, Fingerprinter
 from sharding.media import (
     MAX_PIXELS,
     Encoded,
@@ -131,13 +132,15 @@ def transcode_video(data: bytes, limits: ClipLimits) -> Encoded:
     fps = Fraction(min(rate, limits.fps or rate)).limit_denominator(1001)
     limit = max(1, min(limits.max_frames, int(limits.max_duration_s * fps)))
     frames = _at_rate(_clip_frames(data, limits.max_pixels), rate, float(fps), limit)
-    encoded, info = _encode_h264(frames, fps, limits)
+    encoded, info, found = _encode_h264(frames, fps, limits)
     if len(encoded) > limits.max_bytes:
         raise BadData("clip-too-large", f"{len(encoded)} bytes, more than {limits.max_bytes}")
-    return Encoded(encoded, "mp4", info)
+    return Encoded(encoded, "mp4", info, found)
 
 
-def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits) -> tuple[bytes, MediaInfo]:
+def _encode_h264(
+    frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits
+) -> tuple[bytes, MediaInfo, Fingerprint]:
     import av
 
     options = {
@@ -151,6 +154,7 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits
         "mbtree": "0",  # x264's vectorised macroblock tree reads stale memory: other bytes at each run
     }
     sink = io.BytesIO()
+    taken = Fingerprinter()
     count, width, height = 0, 0, 0
     with av.open(sink, mode="w", format="mp4", options={"fflags": "+bitexact"}) as out:
         stream = out.add_stream("libx264", rate=fps, options=options)
@@ -159,7 +163,9 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits
                 size = shrunk(array.shape[1], array.shape[0], limits.resize)
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            picture = av.VideoFrame.from_ndarray(_resized(array, width, height), format="rgb24")
+            stored = _resized(array, width, height)
+            taken.add(stored)
+            picture = av.VideoFrame.from_ndarray(stored, format="rgb24")
             picture.pts = count
             picture.time_base = 1 / fps
             out.mux(stream.encode(picture))
@@ -167,7 +173,7 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, limits: ClipLimits
         if count == 0:
             raise BadData("decode-failed", "the clip has no frames")
         out.mux(stream.encode(None))
-    return sink.getvalue(), MediaInfo(width, height, count, float(count / fps))
+    return sink.getvalue(), MediaInfo(width, height, count, float(count / fps)), taken.result()
 
 
 def _resized(array: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -203,9 +209,12 @@ def _as_it_is(data: bytes, limits: ClipLimits) -> Encoded | None:
         ):
             return None
         decoded = 0
+        taken = Fingerprinter()
         for frame in container.decode(stream):
             if checked(frame).rotation:
                 return None
+            taken.add(upright(frame))
             decoded += 1
         _complete(decoded, max(frames, stream.frames))
-        return Encoded(data, "mp4", MediaInfo(context.width, context.height, frames, duration))
+        info = MediaInfo(context.width, context.height, frames, duration)
+        return Encoded(data, "mp4", info, taken.result())
