@@ -28,6 +28,7 @@ from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
+from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan, train
@@ -90,10 +91,18 @@ def _open(job: JobConfig) -> Storage:
 
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
     prepared = {}
+    scorers = {name: scorers_of(config) for name, config in job.datasets.items()}  # first: mistakes end here
     for name, config in job.datasets.items():
         with show_progress(console, f"preparing {name}") as task:
             show = functools.partial(_show_preparation, task)
-            prepared[name] = prepare(name, config, storage, in_flight=_preparation_slots(), progress=show)
+            prepared[name] = prepare(
+                name,
+                config,
+                storage,
+                in_flight=_preparation_slots(),
+                progress=show,
+                scorers=scorers[name],
+            )
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     return prepared
 
