@@ -156,7 +156,7 @@ def _keys(index: pa.Table, block: CorpusFilter) -> np.ndarray:
     words = digest_words(index.column("sha256").to_pylist())
     # Several samples of one input (TASK-ROW-PART) are no copies of each other.
     parts = [key.split("-")[2:] for key in index.column("key").to_pylist()]
-    words[:, 1] += np.array([int(part[0]) + 1 if part else 0 for part in parts], dtype=np.uint64)
+    words[:, 1] ^= mixed(np.array([int(part[0]) + 1 if part else 0 for part in parts], dtype=np.uint64))
     return words
 
 
