@@ -4,8 +4,8 @@
 
     staged indexes --partition (a group of tasks)--> keys/FILTER/GROUP      cut by bucket: each index is read once
     keys           --compare   (a bucket of keys)--> copies/FILTER/BUCKET   cut by group: who came later
-                                                     spread/FILTER/BUCKET   near: first ones, cut by band and key
-    spread         --search    (a band's bucket)---> near/FILTER/BUCKET     cut by group: who is near an earlier one
+                                                     spread/FILTER/BAND/BUCKET  near: first ones, cut by key
+    spread         --search    (a band's bucket)---> near/SEARCH            cut by group: who is near an earlier one
     copies, near   --gather    (a group of tasks)--> dropped/GROUP          cut by task: rows and their filter
 
 A key is 16 bytes of a digest, or the perceptual hash; it travels with its *place* (task and row, in input order).
@@ -20,7 +20,7 @@ buckets)::
 
     step        tasks     reads                             bytes read      objects written
     partition     500     10^5 indexes                      the indexes     1,000
-    compare     1,000     500 x 2 each: 10^6                24 + 16 GB      1,500
+    compare     1,000     500 x 2 each: 10^6                24 + 16 GB      3,500
     search      2,500     500 x 2 each: 2.5 x 10^6          80 GB           2,500
     gather        500     (1,000 + 2,500) x 2 each: 3.5 M   8 bytes a find  500
     commit       10^5     2 each                            8 bytes a drop  (the shards)
@@ -180,10 +180,10 @@ def compare(exchange: Exchange, task: int) -> None:
     rows = rows.reshape(-1, _width(exchange.filters[number]))  # in input order: groups are
     copies = later_copies(rows[:, :-1])
     if _distance(exchange.filters[number]):
-        blocks, firsts, parts = exchange.blocks(number), rows[~copies], []
+        blocks, firsts = exchange.blocks(number), rows[~copies]
         for band in range(blocks.bands):
-            parts += _cut(firsts, blocks.band_keys(firsts[:, 0], band), exchange.buckets)
-        _write_parts(exchange.dataset, exchange.path("spread", number, bucket), parts)
+            parts = _cut(firsts, blocks.band_keys(firsts[:, 0], band), exchange.buckets)
+            _write_parts(exchange.dataset, exchange.path("spread", number, band, bucket), parts)
     _write_places(exchange, path, rows[copies, -1])
 
 
@@ -193,8 +193,7 @@ def search(exchange: Exchange, task: int) -> None:
     path = exchange.path("near", task)
     if exchange.dataset.exists(path):
         return
-    part = band * exchange.buckets + bucket
-    sources = [(exchange.path("spread", number, source), part) for source in range(exchange.buckets)]
+    sources = [(exchange.path("spread", number, band, source), bucket) for source in range(exchange.buckets)]
     rows = _gathered(exchange, sources).reshape(-1, 2)
     rows = rows[np.argsort(rows[:, 1])]
     near = search_band(np.ascontiguousarray(rows[:, 0]), exchange.blocks(number), band)

@@ -146,6 +146,63 @@ def test_duplicates_are_kept_on_demand(tmp_path, corpus, ray_session):
     assert "duplicate" not in manifest.counts.dropped
 
 
+EMOJI = Path(__file__).parents[2] / "pipeline/demo/corpus/images"
+
+
+@pytest.mark.parametrize("samples_per_shard", [5, 100])
+def test_copies_in_other_files_and_near_copies_are_found_over_the_whole_corpus(
+    tmp_path, ray_session, samples_per_shard
+):
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    faces = sorted(EMOJI.glob("1f4*.webp"))[:6]
+    for number, path in enumerate(faces):
+        picture = Image.open(path).convert("RGB")
+        picture.save(folder / f"{number:02d}.png")
+        picture.save(folder / f"{10 + number}.bmp")  # the same pixels
+        picture.save(folder / f"{20 + number}.jpg", quality=80)
+        (folder / f"{30 + number}.png").write_bytes((folder / f"{number:02d}.png").read_bytes())
+        for start in (0, 10, 20, 30):
+            (folder / f"{start + number:02d}.txt").write_text("an emoji")
+    config = _config(
+        folder,
+        samples_per_shard=samples_per_shard,
+        filters=[
+            {"kind": "duplicates"},
+            {"kind": "duplicates", "by": "pixels"},
+            {"kind": "near_duplicates", "distance": 8},
+        ],
+    )
+    storage = open_storage(tmp_path / "out")
+    prepared = prepare("emoji", config, storage, in_flight=3)
+    assert prepared.manifest.counts.dropped == {"duplicate": 6, "duplicate-pixels": 6, "near-duplicate": 6}
+    assert _keys(storage, prepared.path) == [f"{number:02d}.png" for number in range(6)]
+
+
+class NoSevens:
+    """A filter as a user would write one; tasks import it from the working directory."""
+
+    level = "caption"
+
+    def __init__(self, digit: str) -> None:
+        self.digit = digit
+
+    def keeps(self, caption: str) -> bool:
+        return self.digit not in caption
+
+
+def test_a_class_of_the_users_runs_in_the_tasks_and_its_drops_are_a_choice(tmp_path, corpus, ray_session):
+    block = {
+        "kind": "custom",
+        "filter": "tests.sharding.test_prepare.NoSevens",
+        "arguments": {"digit": "7"},
+    }
+    config = _config(corpus, filters=[block], bad_limit=0.1)
+    manifest = prepare("pairs", config, open_storage(tmp_path / "out"), in_flight=2).manifest
+    assert manifest.counts.dropped["custom-no-sevens"] == 3
+    assert manifest.configuration["filters"][0]["arguments"] == {"digit": "7"}
+
+
 def test_duplicates_within_a_single_task_are_dropped(tmp_path, corpus, ray_session):
     storage = open_storage(tmp_path / "out")
     prepared = prepare("pairs", _config(corpus, samples_per_shard=100), storage, in_flight=2)
