@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from sharding.errors import UserError
 from sharding.order import LARGEST_WINDOW
@@ -287,6 +288,12 @@ class JobConfig(Block):
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
                 raise ValueError(
                     f"datasets: '{name}' is no name for a folder (letters, digits, '.', '_', '-')"
+                )
+        for name, dataset in self.datasets.items():
+            score = dataset.score_filter if isinstance(dataset, PrepareConfig) else None
+            if score is not None and (score.scorer != ITC or score.model is None):
+                raise ValueError(
+                    f"datasets.{name}, filter score: give model, the address of a GLSCL model (scorer: {ITC})"
                 )
         for stage in self.train.stages:
             for name in stage.mixture:

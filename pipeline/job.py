@@ -28,6 +28,7 @@ from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
+from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
@@ -38,6 +39,7 @@ from sharding.manifest import REPORT_PATH
 from sharding.prepare import PrepareConfig, PreparedDataset, Progress, prepare
 from sharding.prepared import PreparedConfig, open_prepared
 from sharding.report import closing_table
+from sharding.scoring import Scorers
 from sharding.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -97,11 +99,16 @@ def _open(job: JobConfig) -> Storage:
 
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
     prepared = {}
+    scorers = {  # first: mistakes end here
+        name: scorers_of(config)
+        for name, config in job.datasets.items()
+        if not isinstance(config, PreparedConfig)
+    }
     for name, config in job.datasets.items():
         if isinstance(config, PreparedConfig):
             prepared[name] = _open_prepared(name, config, storage, console)
         else:
-            prepared[name] = _prepare_one(job, name, config, storage, console)
+            prepared[name] = _prepare_one(job, name, config, scorers[name], storage, console)
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     grid = Table.grid(padding=(0, 2))
     for name, dataset in prepared.items():
@@ -111,7 +118,7 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
 
 
 def _prepare_one(
-    job: JobConfig, name: str, config: PrepareConfig, storage: Storage, console: Console
+    job: JobConfig, name: str, config: PrepareConfig, scorers: Scorers, storage: Storage, console: Console
 ) -> PreparedDataset:
     slots = _preparation_slots()
     with (
@@ -123,7 +130,15 @@ def _prepare_one(
             _show_preparation(task, progress)
             tracker.update(progress)
 
-        dataset = prepare(name, config, storage, in_flight=slots, progress=update, on_start=tracker.start)
+        dataset = prepare(
+            name,
+            config,
+            storage,
+            in_flight=slots,
+            progress=update,
+            on_start=tracker.start,
+            scorers=scorers,
+        )
         tracker.finish(dataset, storage.at(dataset.path))
         return dataset
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sharding.config import PrepareConfig
 from sharding.errors import BadData
-from sharding.filters import CaptionFilter, Filters, MediaFilter, build_filters
+from sharding.filters.build import build_filters
 from sharding.guard import Guard, Job, Part, shared_guard
 from sharding.media.info import Encoded, MediaInfo
 from sharding.sources.base import Input
@@ -30,7 +30,7 @@ _BYTES_IN_FLIGHT = 64 * 2**20
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sample that passed every filter but the one of duplicates.
+    """A sample that passed the filters of single inputs.
 
     Args:
         sha256: of the input's bytes; where an input gives several samples, of that and the part, so that equal
@@ -76,7 +76,7 @@ class Examiner:
     """Makes candidates by one dataset's configuration. The decoding process is kept for the next examiner."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        self._filters: Filters = build_filters(config)
+        self._filters = build_filters(config.filters)
         self._in_parts = config.gives_parts
         self._in_flight = _IN_FLIGHT_OF_PARTS if config.gives_parts else _IN_FLIGHT
         self._guard: Guard = shared_guard(
@@ -145,7 +145,7 @@ class Examiner:
         return _Pending(job, captions, dropped, digest, source, len(fetched.media))
 
     def _header_passes(self, facts: dict[str, Any]) -> None:
-        _ask(self._filters.source, MediaInfo.of(facts))
+        self._filters.check_header(MediaInfo.of(facts))
 
     def _end(self, item: Input, pending: _Pending | BadData) -> tuple[Input, Examined | BadData]:
         """Wait for the decoding process, and ask the filters of what is stored."""
@@ -172,7 +172,7 @@ class Examiner:
         if "cause" in facts:
             raise BadData(str(facts["cause"]), str(facts["detail"]))
         media = Encoded.of(facts, data)
-        _ask(self._filters.stored, media.info)
+        self._filters.check_stored(media, pending.captions)
         digest, part = pending.sha256, None
         if self._in_parts:
             digest, part = hashlib.sha256(f"{digest} {number}".encode()).hexdigest(), number
@@ -185,9 +185,10 @@ class Examiner:
             texts, not_text = parse_sidecar(fetched.sidecar, suffix)
         dropped = Counter({"caption-not-text": not_text} if not_text else {})
         kept: list[str] = []
-        for text in texts:
-            caption = " ".join(text.split())
-            cause = _failing(self._filters.captions, caption)
+        captions = [" ".join(text.split()) for text in texts]
+        self._filters.check_texts(captions)
+        for caption in captions:
+            cause = self._filters.objection(caption)
             if cause is not None:
                 dropped[cause] += 1
             elif caption not in kept:
@@ -200,14 +201,3 @@ class Examiner:
 
 def _size(item: _Pending | BadData) -> int:
     return item.size if isinstance(item, _Pending) else 0
-
-
-def _failing(filters: list[CaptionFilter], caption: str) -> str | None:
-    return next((item.cause for item in filters if not item.keeps(caption)), None)
-
-
-def _ask(filters: list[MediaFilter], info: MediaInfo) -> None:
-    for item in filters:
-        if not item.keeps(info):
-            detail = f"{info.width}x{info.height}, {info.frames} frames, {info.duration:.2f} s"
-            raise BadData(item.cause, detail)

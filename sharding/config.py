@@ -5,10 +5,19 @@ Light to import (no Arrow, no Ray), since the command line validates a job befor
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sharding.filters.config import (
+    DuplicatesFilter,
+    DurationFilter,
+    FilterConfig,
+    FramesFilter,
+    NearDuplicatesFilter,
+    ScoreFilter,
+    corpus_cause,
+)
 from sharding.manifest import Modality, canonical_digest
 from sharding.media.config import ImageConfig, VideoConfig
 from sharding.sources.config import FetchConfig, SourceConfig
@@ -21,22 +30,6 @@ class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FilterConfig(_Block):
-    """Which samples are kept. A caption that fails is left out; a sample without captions left is dropped."""
-
-    min_size: int = Field(default=1, ge=1, description="pixels of the shorter side, of the source")
-    max_aspect: float | None = Field(default=None, ge=1, description="longer side / shorter side")
-    min_characters: int = Field(default=1, ge=1)
-    max_characters: int | None = Field(default=None, ge=1)
-    min_words: int = Field(default=1, ge=1)
-    max_words: int | None = Field(default=None, ge=1)
-    min_frames: int = Field(default=1, ge=1, description="of a clip as stored")
-    min_duration_s: float = Field(default=0, ge=0, description="of a clip as stored")
-    duplicates: Literal["drop", "keep"] = Field(
-        default="drop", description="media of equal bytes: only the first in input order is kept"
-    )
-
-
 class PrepareConfig(_Block):
     """One dataset: where its samples come from, which are kept and how they are stored."""
 
@@ -44,7 +37,9 @@ class PrepareConfig(_Block):
     modality: Modality
     image: ImageConfig | None = Field(default=None, description="modality image only")
     video: VideoConfig | None = Field(default=None, description="modality video only")
-    filters: FilterConfig = FilterConfig()
+    filters: list[FilterConfig] = Field(
+        default=[DuplicatesFilter(kind="duplicates")], description="which samples are kept"
+    )
     fetch: FetchConfig = FetchConfig()
     samples_per_shard: int = Field(
         default=1000, ge=1, le=1_000_000, description="inputs a task, samples at most"
@@ -67,11 +62,33 @@ class PrepareConfig(_Block):
         other = "video" if self.modality == "image" else "image"
         if getattr(self, other) is not None:
             raise ValueError(f"the block {other} does not belong to a dataset of modality {self.modality}")
-        if self.modality == "video":
-            clip = self.clip
-            if clip.clip_s < self.filters.min_duration_s or clip.max_frames < self.filters.min_frames:
-                raise ValueError("filters ask for longer clips than video.clip_s / max_frames lets pass")
+        for block in self.filters:
+            if self.modality not in block.modalities:
+                raise ValueError(
+                    f"filter {block.kind} does not belong to a dataset of modality {self.modality}"
+                )
+            least = block.min if isinstance(block, DurationFilter | FramesFilter) else None
+            most = self.clip.clip_s if isinstance(block, DurationFilter) else self.clip.max_frames
+            if least is not None and least > most:
+                raise ValueError(
+                    f"filter {block.kind} asks for longer clips than video.clip_s / max_frames lets pass"
+                )
+        if sum(isinstance(block, ScoreFilter) for block in self.filters) > 1:
+            raise ValueError("filters: one score only (it is a column of the index)")
+        corpus = [corpus_cause(block) for block in self.corpus_filters]
+        if len(set(corpus)) < len(corpus):
+            raise ValueError("filters: the same kind of duplicates twice")
         return self
+
+    @property
+    def corpus_filters(self) -> list[DuplicatesFilter | NearDuplicatesFilter]:
+        """The filters that compare a sample with all others, in order."""
+        return [b for b in self.filters if isinstance(b, DuplicatesFilter | NearDuplicatesFilter)]
+
+    @property
+    def score_filter(self) -> ScoreFilter | None:
+        """The filter by image-text score, if there is one."""
+        return next((block for block in self.filters if isinstance(block, ScoreFilter)), None)
 
     @property
     def picture(self) -> ImageConfig:

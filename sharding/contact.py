@@ -107,6 +107,7 @@ def _from_json(value: Mapping[str, Any]) -> Picture:
 class _Chosen:
     picture: Picture
     media: bytes | None  # what the thumbnail is still to be made of
+    modality: Modality
 
 
 class Collector:
@@ -140,7 +141,13 @@ class Collector:
         size = f"{info.width} × {info.height}, {len(media.data):,} bytes"
         moving = f", {info.frames} frames, {info.duration:.1f} s" if self._modality == "video" else ""
         picture = self._picture(key, captions[0], f"{size}{moving}, {source}")
-        self._choose(self._kept, self._limits[0], picture, media.data, self._modality)
+        self._choose(self._kept, self._limits[0], _Chosen(picture, media.data, self._modality))
+
+    def reject(self, row: int, media: Encoded, captions: list[str], source: str, fault: BadData) -> None:
+        """Tell that a sample of the input of this row, ready to be stored, is dropped after all."""
+        picture = self._picture(f"{self._name}-{row:06d}", captions[0], f"{source}: {fault.detail}")
+        chosen = self._dropped.setdefault(fault.cause, [])
+        self._choose(chosen, self._limits[1], _Chosen(picture, media.data, self._modality))
 
     def drop(self, row: int, address: str, fault: BadData) -> None:
         """Tell that the input of this row (or a part of it) is dropped. ``address`` holds no secret."""
@@ -151,43 +158,39 @@ class Collector:
         picture = self._picture(
             f"{self._name}-{row:06d}", "" if fetched is None else _first_caption(fetched), detail
         )
-        self._choose(
-            chosen, self._limits[1], picture, b"" if fetched is None else fetched.media, self._input_modality
-        )
+        media = b"" if fetched is None else fetched.media
+        self._choose(chosen, self._limits[1], _Chosen(picture, media, self._input_modality))
 
     def sheet(self) -> ContactSheet:
         """What was chosen."""
         return ContactSheet(
-            kept=[self._finished(chosen, self._modality) for chosen in self._kept],
+            kept=[_finished(chosen) for chosen in self._kept],
             dropped={
-                cause: [self._finished(item, self._input_modality) for item in found]
-                for cause, found in sorted(self._dropped.items())
+                cause: [_finished(item) for item in found] for cause, found in sorted(self._dropped.items())
             },
         )
 
     def _picture(self, key: str, title: str, detail: str) -> Picture:
         return Picture(derive_seed(0, "contact", key), key, title[:_TEXT], detail[:_TEXT])
 
-    def _choose(
-        self, chosen: list[_Chosen], limit: int, picture: Picture, media: bytes, modality: Modality
-    ) -> None:
-        if len(chosen) == limit and picture.rank >= chosen[-1].picture.rank:
+    def _choose(self, chosen: list[_Chosen], limit: int, item: _Chosen) -> None:
+        if len(chosen) == limit and item.picture.rank >= chosen[-1].picture.rank:
             return
-        item = _Chosen(picture, media)
-        if len(media) > _HELD_BYTES:
-            item = _Chosen(self._finished(item, modality), None)
+        if item.media is not None and len(item.media) > _HELD_BYTES:
+            item = _Chosen(_finished(item), None, item.modality)
         chosen.append(item)
         chosen.sort(key=lambda one: (one.picture.rank, one.picture.key))
         del chosen[limit:]
 
-    def _finished(self, chosen: _Chosen, modality: Modality) -> Picture:
-        if chosen.media is None:
-            return chosen.picture
-        return replace(chosen.picture, thumbnail=make_thumbnail(chosen.media, modality))
-
     def _forget_before(self, row: int) -> None:
         for done in [number for number in self._passing if number < row]:
             del self._passing[done]
+
+
+def _finished(chosen: _Chosen) -> Picture:
+    if chosen.media is None:
+        return chosen.picture
+    return replace(chosen.picture, thumbnail=make_thumbnail(chosen.media, chosen.modality))
 
 
 def _first_caption(fetched: Fetched) -> str:

@@ -45,6 +45,9 @@ INDEX_SCHEMA = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes, and the part
         pa.field("source", pa.string(), nullable=False),  # address the media came from
         pa.field("caption_words", pa.int32()),  # of the first caption, between white space
+        pa.field("phash", pa.uint64()),  # perceptual hash of what is stored (sharding/fingerprint.py)
+        pa.field("pixels", pa.string()),  # digest of its pixels before they were encoded
+        pa.field("score", pa.float32()),  # image-text score, where a scorer was asked
     ]
 )
 
@@ -73,6 +76,9 @@ class IndexRow:
     sha256: str
     source: str
     caption_words: int | None = None
+    phash: int | None = None
+    pixels: str | None = None
+    score: float | None = None
 
 
 def index_table(rows: Sequence[IndexRow]) -> pa.Table:

@@ -23,8 +23,6 @@ from sharding.sources import Input, Source
 from sharding.storage import Storage
 
 PLAN_PATH = "plan.json"
-# Digests that one exchange task compares at once: about 150 bytes of memory each.
-DIGESTS_PER_BUCKET = 2_000_000
 
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _INPUT_SCHEMA = pa.schema(
@@ -64,7 +62,6 @@ class Plan(BaseModel):
     configuration_digest: str
     source: Survey
     tasks: int
-    buckets: int
 
 
 def survey(source: Source, seen: Callable[[int], None]) -> Survey:
@@ -96,7 +93,6 @@ def make_plan(source: Source, found: Survey, config: PrepareConfig, dataset: Sto
         configuration_digest=config.digest,
         source=found,
         tasks=tasks,
-        buckets=-(-found.inputs // DIGESTS_PER_BUCKET),
     )
     if dataset.exists(PLAN_PATH):
         if _read_plan(dataset) != plan:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sharding.config import FilterConfig, ImageConfig, PrepareConfig, VideoConfig
+from sharding.config import ImageConfig, PrepareConfig, VideoConfig
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import (
     MANIFEST_PATH,
@@ -46,12 +46,12 @@ from sharding.sources.config import (
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
+    from sharding.scoring import Scorers
     from sharding.stages import TaskRecord, Work
 
 __all__ = [
     "CocoSource",
     "FetchConfig",
-    "FilterConfig",
     "FolderSource",
     "HuggingFaceSource",
     "ImageConfig",
@@ -164,6 +164,7 @@ def prepare(
     in_flight: int,
     progress: ProgressCallback | None = None,
     on_start: Callable[[Preparation], None] | None = None,
+    scorers: Scorers | None = None,
 ) -> PreparedDataset:
     """Make the dataset, or go on making it, or return it when it is there and its source lists the same.
 
@@ -173,6 +174,7 @@ def prepare(
         in_flight: Ray tasks (one CPU each) at a time.
         progress: called in this thread after each task.
         on_start: called once before the first task; not for a dataset that is there already.
+        scorers: what a filter of kind ``score`` may name.
 
     Raises:
         UserError: the source is missing, empty or not as configured; nothing is left of it.
@@ -181,6 +183,7 @@ def prepare(
         StorageFault: the storage failed for longer than retries last.
         TaskFailed: a task failed otherwise; the message names it.
     """
+    from sharding.filters.resolve import resolved
     from sharding.plan import make_plan, survey
     from sharding.report_page import report_page
     from sharding.sources import open_source
@@ -189,6 +192,7 @@ def prepare(
 
     check_name(name)
     tell = progress or (lambda _: None)
+    config = resolved(config, storage, scorers or {})
     source = open_source(config, storage)
     started = time.monotonic()
     found = survey(source, lambda count: tell(Progress("listing", count, 0, time.monotonic() - started)))
@@ -199,7 +203,9 @@ def prepare(
         dataset.delete(WORK, recursive=True)  # a run that was killed while tidying up
         return PreparedDataset(path, manifest)
     dataset.check(write=True)
-    work = Work(dataset, config, make_plan(source, found, config, dataset))
+    score = config.score_filter
+    scorer = scorers[score.scorer] if score is not None and scorers is not None else None
+    work = Work(dataset, config, make_plan(source, found, config, dataset), scorer)
     identity, origin = config.identity(), found.model_dump(mode="json")
     if on_start is not None:
         on_start(Preparation(name, dataset, identity, config.digest, origin, work.plan.tasks))
@@ -235,6 +241,7 @@ def prepare(
 
 def _run_stages(work: Work, in_flight: int, tell: ProgressCallback) -> tuple[list[ShardRecord], Counts]:
     from sharding import stages
+    from sharding.exchange import steps as exchange_steps
     from sharding.summary import groups, summarise
 
     pool = _Tasks(work, in_flight)
@@ -255,14 +262,20 @@ def _run_stages(work: Work, in_flight: int, tell: ProgressCallback) -> tuple[lis
         limit.forget()
         raise
     if work.exchanges:
-        exchange = _Tally("duplicates", work.plan.buckets, tell, tally.counts)
-        pool.run(stages.find_duplicates, range(work.plan.buckets), lambda _: exchange.step())
+        exchange = work.exchange(tally.counts.kept)
+        steps = exchange_steps(exchange)
+        duplicates = _Tally("duplicates", sum(count for _, count in steps), tell, tally.counts)
+        pool = _Tasks(work, in_flight, exchange)
+        for step, count in steps:
+            pool.run(step, range(count), lambda _: duplicates.step())
         tally = _Tally("write", work.plan.tasks, tell)
         for record in stages.recorded_tasks(work, committed=True):
             tally.find(record)
         tally.begin()
+        pool = _Tasks(work, in_flight, (work, exchange))
         pool.run(stages.commit, tally.missing(), tally.add)
     if tally.shards:
+        pool = _Tasks(work, in_flight)
         report = _Tally("report", groups(work.plan.tasks), tell, tally.counts)
         pool.run(summarise, range(groups(work.plan.tasks)), lambda _: report.step())
     return [tally.shards[task] for task in sorted(tally.shards)], tally.counts
@@ -338,14 +351,14 @@ class _BadLimit:
         self._tasks: list[int] = []
 
     def add(self, record: TaskRecord) -> None:
-        from sharding.filters import CHOSEN
+        from sharding.filters.config import chosen
 
         if not record.bad:
             return
         self._bad += record.bad
         self._tasks.append(record.task)
         for cause, number in record.counts.dropped.items():
-            if cause not in CHOSEN:
+            if not chosen(cause):
                 self._causes[cause] += number
                 self._examples.setdefault(cause, record.examples[cause][0])
         # Of all inputs, not of those seen so far: a run must not abort or pass by the order of its tasks.
@@ -366,9 +379,9 @@ class _BadLimit:
 
 
 class _Tasks:
-    """Runs task functions in Ray, a bounded number at a time."""
+    """Runs task functions in Ray, a bounded number at a time. They get ``given``, by default the work itself."""
 
-    def __init__(self, work: Work, in_flight: int) -> None:
+    def __init__(self, work: Work, in_flight: int, given: Any = None) -> None:
         import ray
 
         if in_flight < 1:
@@ -376,13 +389,13 @@ class _Tasks:
         self._in_flight = in_flight
         self._retries = work.config.task_retries
         self._where = work.dataset.url
-        self._work = ray.put(work)
+        self._given = ray.put(work if given is None else given)
         self._running: dict[Any, int] = {}
 
     def run(
-        self, function: Callable[[Work, int], Any], numbers: Iterable[int], done: Callable[[Any], None]
+        self, function: Callable[[Any, int], Any], numbers: Iterable[int], done: Callable[[Any], None]
     ) -> None:
-        """Call ``function(work, number)`` for all numbers; ``done`` gets each result as it comes."""
+        """Call ``function(given, number)`` for all numbers; ``done`` gets each result as it comes."""
         import ray
 
         remote = ray.remote(num_cpus=1, max_retries=self._retries, retry_exceptions=[StorageFault])(function)
@@ -390,7 +403,7 @@ class _Tasks:
             for number in numbers:
                 if len(self._running) >= self._in_flight:
                     self._collect(function.__name__, done)
-                self._running[remote.remote(self._work, number)] = number
+                self._running[remote.remote(self._given, number)] = number
             while self._running:
                 self._collect(function.__name__, done)
         finally:

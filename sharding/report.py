@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from sharding.filters import CHOSEN
+from sharding.filters.config import chosen
 from sharding.manifest import Manifest
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def is_choice(cause: str) -> bool:
-    """Whether the configuration chose to leave such samples out; otherwise they are bad."""
-    return cause in CHOSEN
 
 
 def closing_table(manifests: Iterable[Manifest]) -> Table:
@@ -28,8 +23,8 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
     table.add_column("digest")
     manifests = list(manifests)
     causes = {
-        "filtered": [{c: n for c, n in m.counts.dropped.items() if is_choice(c)} for m in manifests],
-        "bad": [{c: n for c, n in m.counts.dropped.items() if not is_choice(c)} for m in manifests],
+        "filtered": [{c: n for c, n in m.counts.dropped.items() if chosen(c)} for m in manifests],
+        "bad": [{c: n for c, n in m.counts.dropped.items() if not chosen(c)} for m in manifests],
         "captions left out": [m.counts.captions_dropped for m in manifests],
     }
     shown = {what: counts for what, counts in causes.items() if any(counts)}

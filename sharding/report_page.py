@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sharding.contact import Picture
+from sharding.filters.config import chosen
 from sharding.manifest import Manifest
-from sharding.report import is_choice
 from sharding.statistics import QUANTITIES, ROW_HEAD, Distribution, bin_edges, short_number
 from sharding.summary import Summary
 
@@ -110,7 +110,7 @@ def _dropped_table(manifest: Manifest, summary: Summary) -> str:
         return "<p>Nothing was dropped.</p>"
     rows = []
     for cause, number in ranked[:_CAUSES]:
-        kind = "filtered" if is_choice(cause) else "bad"
+        kind = "filtered" if chosen(cause) else "bad"
         share = number / max(1, counts.read)
         found = summary.examples.get(cause) or [
             f"{picture.title}: {picture.detail}" for picture in summary.sheet.dropped.get(cause, [])[:3]

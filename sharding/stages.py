@@ -1,16 +1,16 @@
-"""The three kinds of tasks that make a dataset. Each is a function of what is stored; none knows Ray.
+"""The kinds of tasks that make a dataset. Each is a function of what is stored; none knows Ray.
 
 ::
 
     work/plan/000007.parquet --encode--> work/staged/000007.{tar,parquet,json}
-    all staged indexes  --find_duplicates--> work/duplicates/00000.parquet   (one a bucket of digests)
-    staged + duplicates --commit--> 000007.{tar,parquet}, commits/000007.json
+    all staged indexes  --the steps of sharding/exchange.py--> rows to drop
+    staged + dropped    --commit--> 000007.{tar,parquet}, commits/000007.json
 
-Exact duplicates are found over the whole corpus, and the first in input order stays, however many workers
-there are and in whatever order they finish: staged shards already lack what every other filter drops, and the
-exchange looks at all of them only when all are there. It is bounded because a bucket holds a fixed share of
-the digests (16 bytes each), read from the staged indexes; media are read and encoded once only.
-A dataset of one task, or one that keeps duplicates, needs no exchange: ``encode`` then commits by itself.
+Duplicates are found over the whole corpus, and the first in input order stays, however many workers there are and
+in whatever order they finish: staged shards already lack what every other filter drops, and the exchange looks at
+all of them only when all are there. Media are read and encoded once only.
+A dataset without filters over the whole corpus, or one of a single task with exact ones, needs no exchange:
+``encode`` then commits by itself.
 
 Every task is idempotent: its record is written last, and with the record there it does nothing. Before its record
 it writes a few small pictures (``sharding/contact.py``) for the closing report (``sharding/summary.py``).
@@ -27,50 +27,65 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sharding.candidate import Examiner
+from sharding.candidate import Candidate, Examiner
 from sharding.config import PrepareConfig
 from sharding.contact import Collector, ContactSheet
 from sharding.errors import BadData, UserError
-from sharding.filters import CHOSEN
-from sharding.filters.duplicates import digest_words, later_copies
+from sharding.exchange import Exchange, dropped_rows
+from sharding.filters.config import chosen, corpus_cause
 from sharding.index import IndexRow, read_index
 from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Plan, read_inputs
+from sharding.scoring import ScorerFactory, Scoring
 from sharding.sources import open_fetcher
-from sharding.sources.base import Input
 from sharding.sources.fetch import public_address
 from sharding.storage import Storage
 from sharding.writer import ShardWriter, copy_without, publish
 
 WORK = "work"
 _STAGED = f"{WORK}/staged"
-_DUPLICATES = f"{WORK}/duplicates"
 _CONTACT = f"{WORK}/contact"
+_EXCHANGE = f"{WORK}/exchange"
 _COMMITS = "commits"
 _EXAMPLES = 3
 _READERS = 16
 _READ_AHEAD = 1024
 
-_COPY_SCHEMA = pa.schema([pa.field("task", pa.int32()), pa.field("row", pa.int32())])
-
 
 @dataclass(frozen=True)
 class Work:
-    """All that a task needs to know about its dataset; small, picklable."""
+    """All that a task needs to know about its dataset; small, picklable. ``scorer`` is that of the score filter."""
 
     dataset: Storage
     config: PrepareConfig
     plan: Plan
+    scorer: ScorerFactory | None = None
+
+    @property
+    def drops_copies(self) -> bool:
+        """Whether a task may drop equal files by itself: no filter over the whole corpus comes before."""
+        filters = self.config.corpus_filters
+        return bool(filters) and corpus_cause(filters[0]) == "duplicate"
 
     @property
     def exchanges(self) -> bool:
-        """Whether duplicates may lie in different tasks."""
-        return self.config.filters.duplicates == "drop" and self.plan.tasks > 1
+        """Whether samples must be compared with those of other tasks, or by more than their bytes."""
+        alone = self.plan.tasks == 1 and len(self.config.corpus_filters) == 1 and self.drops_copies
+        return bool(self.config.corpus_filters) and not alone
+
+    def exchange(self, samples: int) -> Exchange:
+        """The comparison of the ``samples`` that are staged when every task is encoded."""
+        return Exchange(
+            dataset=self.dataset,
+            folder=f"{_EXCHANGE}/{samples}",
+            filters=tuple(self.config.corpus_filters),
+            tasks=self.plan.tasks,
+            samples=samples,
+            index_path=_staged_index,
+        )
 
 
 class TaskRecord(BaseModel):
@@ -86,11 +101,15 @@ class TaskRecord(BaseModel):
     @property
     def bad(self) -> int:
         """Inputs dropped because they are broken, rather than by choice."""
-        return sum(number for cause, number in self.counts.dropped.items() if cause not in CHOSEN)
+        return sum(number for cause, number in self.counts.dropped.items() if not chosen(cause))
 
 
 def shard_name(task: int) -> str:
     return f"{task:06d}"
+
+
+def _staged_index(task: int) -> str:
+    return f"{_STAGED}/{shard_name(task)}.parquet"
 
 
 def _record_path(task: int, committed: bool) -> str:
@@ -166,34 +185,37 @@ def _write_candidates(
     seen: set[str] = set()
     inputs = 0
 
-    def note(fault: BadData, row: int, source: Input) -> None:
-        address = public_address(source.address)
-        pictures.drop(row, address, fault)
+    def count(address: str, fault: BadData) -> None:
+        dropped[fault.cause] += 1
         if len(examples[fault.cause]) < _EXAMPLES:
             examples[fault.cause].append(f"{address}: {fault.detail}")
 
-    fetched = pictures.watch(fetcher.fetch_all(read_inputs(work.dataset, task)))
-    for row, (source, examined) in enumerate(examiner.examine_all(fetched)):
-        inputs += 1
-        if isinstance(examined, BadData):
-            dropped[examined.cause] += 1
-            note(examined, row, source)
+    def candidates() -> Iterator[tuple[int, Candidate]]:
+        nonlocal inputs
+        fetched = pictures.watch(fetcher.fetch_all(read_inputs(work.dataset, task)))
+        for row, (source, examined) in enumerate(examiner.examine_all(fetched)):
+            inputs += 1
+            address = public_address(source.address)
+            for fault in [examined] if isinstance(examined, BadData) else examined.faults:
+                count(address, fault)
+                pictures.drop(row, address, fault)
+            if not isinstance(examined, BadData):
+                yield from ((row, candidate) for candidate in examined.candidates)
+
+    for row, candidate, score, fault in _scored(work, candidates()):
+        if fault is None and candidate.sha256 in seen:
+            fault = BadData("duplicate", "the same bytes came before")
+        if fault is not None:
+            count(candidate.source, fault)
+            pictures.reject(row, candidate.media, candidate.captions, candidate.source, fault)
             continue
-        dropped.update(examined.dropped)
-        for fault in examined.faults:
-            note(fault, row, source)
-        for candidate in examined.candidates:
-            if candidate.sha256 in seen:
-                dropped["duplicate"] += 1
-                note(BadData("duplicate", "the same bytes came before"), row, source)
-                continue
-            if work.config.filters.duplicates == "drop":
-                seen.add(candidate.sha256)
-            captions_dropped.update(candidate.captions_dropped)
-            key = f"{shard_name(task)}-{row:06d}"
-            key = key if candidate.part is None else f"{key}-{candidate.part:04d}"
-            pictures.keep(row, key, candidate.media, candidate.captions, candidate.source)
-            writer.add(key, candidate.media, candidate.captions, candidate.sha256, candidate.source)
+        if work.drops_copies:
+            seen.add(candidate.sha256)
+        captions_dropped.update(candidate.captions_dropped)
+        key = f"{shard_name(task)}-{row:06d}"
+        key = key if candidate.part is None else f"{key}-{candidate.part:04d}"
+        pictures.keep(row, key, candidate.media, candidate.captions, candidate.source)
+        writer.add(key, candidate.media, candidate.captions, candidate.sha256, candidate.source, score)
     counts = Counts(
         inputs=inputs,
         read=len(writer.rows) + dropped.total(),
@@ -204,45 +226,31 @@ def _write_candidates(
     return counts, dict(sorted(examples.items()))
 
 
-def find_duplicates(work: Work, bucket: int) -> int:
-    """Record the staged rows whose digest, one of this bucket, came before. Returns their number."""
-    path = f"{_DUPLICATES}/{bucket:05d}.parquet"
-    if work.dataset.exists(path):
-        return len(_read_copies(work.dataset, path))
-    words, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 2), np.int32)]
-    for task in range(work.plan.tasks):
-        digests = _staged_digests(work.dataset, task)
-        mine = np.flatnonzero(digests[:, 0] % np.uint64(work.plan.buckets) == bucket)
-        words.append(digests[mine])
-        places.append(np.stack([np.full(len(mine), task), mine], axis=1).astype(np.int32))
-    copies = np.concatenate(places)[later_copies(np.concatenate(words))]
-    table = pa.table({"task": copies[:, 0], "row": copies[:, 1]}, schema=_COPY_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    work.dataset.write_bytes(path, sink.getvalue().to_pybytes())
-    return len(copies)
+def _scored(
+    work: Work, candidates: Iterator[tuple[int, Candidate]]
+) -> Iterator[tuple[int, Candidate, float | None, BadData | None]]:
+    """(row, candidate, score, why the score drops it); no score where no scorer is asked."""
+    block = work.config.score_filter
+    if block is None:
+        yield from ((row, candidate, None, None) for row, candidate in candidates)
+        return
+    assert work.scorer is not None
+    scoring = Scoring(block, work.scorer)
+    for (row, candidate), score in scoring.scored(candidates, lambda item: (item[1].media, item[1].captions)):
+        cause = scoring.objection(score)
+        yield row, candidate, score, None if cause is None else BadData(cause, f"score {score}")
 
 
-def _staged_digests(dataset: Storage, task: int) -> np.ndarray:
-    try:
-        data = dataset.read_bytes(f"{_STAGED}/{shard_name(task)}.parquet")
-    except FileNotFoundError:  # every input of the task was dropped
-        return np.empty((0, 2), np.uint64)
-    return digest_words(read_index(data).column("sha256").to_pylist())
-
-
-def _read_copies(dataset: Storage, path: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(dataset.read_bytes(path)))
-
-
-def commit(work: Work, task: int) -> TaskRecord:
-    """Write the staged shard without its duplicates to its final place."""
+def commit(found: tuple[Work, Exchange], task: int) -> TaskRecord:
+    """Write the staged shard, without what the exchange found, to its final place."""
+    work, exchange = found
     path = _record_path(task, committed=True)
     record = _recorded(work.dataset, path)
     if record is not None:
         return record
     staged = TaskRecord.model_validate(work.dataset.read_json(_record_path(task, committed=False)))
-    copies = set(_copies_of(work, task))
+    causes = dropped_rows(exchange, task)
+    copies = set(causes)
     shard = None
     tar = f"{_STAGED}/{shard_name(task)}.tar"
     if staged.shard is not None and staged.shard.samples > len(copies):
@@ -253,12 +261,11 @@ def commit(work: Work, task: int) -> TaskRecord:
             work.dataset.delete(_record_path(task, committed=False))
             encode(work, task)
             shard = _without(work.dataset, task, staged.shard, tar, copies)
-    found = {"duplicate": len(copies)} if copies else {}
-    counts = staged.counts.plus(Counts(kept=-len(copies), dropped=found))
+    counts = staged.counts.plus(Counts(kept=-len(causes), dropped=dict(Counter(causes.values()))))
     sheet = ContactSheet.load(work.dataset, contact_path(task, committed=False))
-    if copies:
-        keys = _staged_index(work.dataset, task).column("key").to_pylist()
-        sheet = sheet.without({keys[row]: "duplicate" for row in copies})
+    if causes:
+        keys = _read_staged_index(work.dataset, task).column("key").to_pylist()
+        sheet = sheet.without({keys[row]: cause for row, cause in causes.items()})
     sheet.save(work.dataset, contact_path(task, committed=True))
     record = TaskRecord(task=task, shard=shard, counts=counts, examples=staged.examples)
     work.dataset.write_json(path, record.model_dump(mode="json"))
@@ -266,19 +273,12 @@ def commit(work: Work, task: int) -> TaskRecord:
     return record
 
 
-def _copies_of(work: Work, task: int) -> Iterator[int]:
-    for bucket in range(work.plan.buckets):
-        copies = _read_copies(work.dataset, f"{_DUPLICATES}/{bucket:05d}.parquet")
-        rows = copies.column("row").to_numpy()
-        yield from rows[copies.column("task").to_numpy() == task].tolist()
-
-
-def _staged_index(dataset: Storage, task: int) -> pa.Table:
-    return read_index(dataset.read_bytes(f"{_STAGED}/{shard_name(task)}.parquet"))
+def _read_staged_index(dataset: Storage, task: int) -> pa.Table:
+    return read_index(dataset.read_bytes(_staged_index(task)))
 
 
 def _without(dataset: Storage, task: int, staged: ShardRecord, tar: str, copies: set[int]) -> ShardRecord:
-    rows = [IndexRow(**row) for row in _staged_index(dataset, task).to_pylist()]
+    rows = [IndexRow(**row) for row in _read_staged_index(dataset, task).to_pylist()]
     with tempfile.TemporaryDirectory(prefix="glscl-prepare-") as folder:
         source = Path(folder) / "staged.tar"
         dataset.download(tar, source, size=staged.bytes, sha256=staged.sha256)

@@ -66,8 +66,18 @@ class ShardWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
 
-    def add(self, key: str, media: Encoded, captions: list[str], sha256: str, source: str) -> None:
-        """One sample. ``sha256`` and ``source`` are those of the file it was made of."""
+    def add(
+        self,
+        key: str,
+        media: Encoded,
+        captions: list[str],
+        sha256: str,
+        source: str,
+        score: float | None = None,
+    ) -> None:
+        """One sample. ``sha256`` and ``source`` are those of the file it was made of, ``score`` its image-text
+        score.
+        """
         info = media.info
         description = {
             "captions": captions,
@@ -103,6 +113,9 @@ class ShardWriter:
             sha256=sha256,
             source=source,
             caption_words=len(captions[0].split()),
+            phash=media.fingerprint.phash if media.fingerprint else None,
+            pixels=media.fingerprint.pixels if media.fingerprint else None,
+            score=score,
         )
         self.add_members(row, members)
 

@@ -8,7 +8,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pipeline.config import did_you_mean
 from pipeline.evaluation.ledger import Ledger, Outcome, best_outcome
@@ -17,7 +17,7 @@ from sharding.errors import BadData, UserError
 from sharding.storage import Storage, normalise_url, open_storage
 
 if TYPE_CHECKING:
-    from model import GLSCLModel, GLSCLProcessor
+    from model import GLSCLForPreTraining, GLSCLModel, GLSCLProcessor
     from pipeline.training.checkpoints import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -139,29 +139,41 @@ def processor_of(source: RunSource, weights: Path) -> GLSCLProcessor:
         raise UserError(f"{source.run.url}: {error}") from None
 
 
-def open_model(address: str) -> tuple[GLSCLModel, GLSCLProcessor]:
-    """The backbone, in evaluation mode, and the processor at ``address``: a run, a checkpoint or a model's folder.
+@overload
+def open_model(address: str, *, heads: Literal[False] = False) -> tuple[GLSCLModel, GLSCLProcessor]: ...
+@overload
+def open_model(address: str, *, heads: Literal[True]) -> tuple[GLSCLForPreTraining, GLSCLProcessor]: ...
+def open_model(
+    address: str, *, heads: bool = False
+) -> tuple[GLSCLModel | GLSCLForPreTraining, GLSCLProcessor]:
+    """The model, in evaluation mode, and the processor at ``address``: a run, a checkpoint or a model's folder.
 
     A model's folder is one of this machine that ``glscl export`` or ``save_pretrained`` wrote.
+
+    Args:
+        heads: the whole model as it was pre-trained, rather than the backbone alone.
 
     Raises:
         UserError: there is none; it does not load.
     """
-    from model import GLSCLModel
+    from model import GLSCLForPreTraining, GLSCLModel
 
+    architecture = GLSCLForPreTraining if heads else GLSCLModel
     folder = open_storage(address).local_path("")
     if folder is not None and (folder / "config.json").is_file():
-        return _saved_model(folder)
+        return _saved_model(folder, architecture)
     source = find_run(address)
     with tempfile.TemporaryDirectory(prefix="glscl-model-") as scratch:
         _, weights = source.fetch(Path(scratch))
-        return GLSCLModel.from_pretrained(weights).eval(), processor_of(source, weights)
+        return architecture.from_pretrained(weights).eval(), processor_of(source, weights)
 
 
-def _saved_model(folder: Path) -> tuple[GLSCLModel, GLSCLProcessor]:
+def _saved_model(
+    folder: Path, architecture: type[GLSCLModel] | type[GLSCLForPreTraining]
+) -> tuple[GLSCLModel | GLSCLForPreTraining, GLSCLProcessor]:
     from safetensors import SafetensorError
 
-    from model import GLSCLModel, GLSCLProcessor
+    from model import GLSCLProcessor
 
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -170,7 +182,7 @@ def _saved_model(folder: Path) -> tuple[GLSCLModel, GLSCLProcessor]:
             raise UserError(f"{folder} holds no GLSCL model: its config.json has model_type {kind!r}")
         # Only files of this folder, and of those none that could run anything.
         processor = GLSCLProcessor.from_pretrained(folder, local_files_only=True)
-        model, info = GLSCLModel.from_pretrained(
+        model, info = architecture.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except UserError:

@@ -3,70 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from itertools import pairwise
+from typing import Protocol
 
-from sharding.config import FilterConfig
+from sharding.filters.config import CaptionFilter
 
 
-class CaptionFilter(Protocol):
+class CaptionRule(Protocol):
     """Decides about one caption."""
 
-    @property
-    def cause(self) -> str: ...
+    def objection(self, caption: str) -> str | None:
+        """The cause under which the caption is left out; None where it may stay."""
+        ...
 
-    def keeps(self, caption: str) -> bool: ...
 
-
-@dataclass(frozen=True)
 class NotEmpty:
-    cause: ClassVar[str] = "caption-empty"
+    """Captions in which nothing can be seen."""
 
-    def keeps(self, caption: str) -> bool:
-        return any(letter.isprintable() and not letter.isspace() for letter in caption)
-
-
-@dataclass(frozen=True)
-class MinimumCharacters:
-    limit: int
-    cause: ClassVar[str] = "caption-too-short"
-
-    def keeps(self, caption: str) -> bool:
-        return len(caption) >= self.limit
+    def objection(self, caption: str) -> str | None:
+        seen = any(letter.isprintable() and not letter.isspace() for letter in caption)
+        return None if seen else "caption-empty"
 
 
 @dataclass(frozen=True)
-class MaximumCharacters:
-    limit: int
-    cause: ClassVar[str] = "caption-too-long"
+class Length:
+    """Characters and words."""
 
-    def keeps(self, caption: str) -> bool:
-        return len(caption) <= self.limit
+    limits: CaptionFilter
+
+    def objection(self, caption: str) -> str | None:
+        limits, characters, words = self.limits, len(caption), len(caption.split())
+        if characters < (limits.min_characters or 0) or words < (limits.min_words or 0):
+            return "caption-too-short"
+        if limits.max_characters is not None and characters > limits.max_characters:
+            return "caption-too-long"
+        if limits.max_words is not None and words > limits.max_words:
+            return "caption-too-long"
+        return None
 
 
 @dataclass(frozen=True)
-class MinimumWords:
-    limit: int
-    cause: ClassVar[str] = "caption-too-short"
+class Characters:
+    """Which characters, and how often the same."""
 
-    def keeps(self, caption: str) -> bool:
-        return len(caption.split()) >= self.limit
+    limits: CaptionFilter
 
-
-@dataclass(frozen=True)
-class MaximumWords:
-    limit: int
-    cause: ClassVar[str] = "caption-too-long"
-
-    def keeps(self, caption: str) -> bool:
-        return len(caption.split()) <= self.limit
-
-
-def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
-    """Those the configuration asks for; an empty caption never passes."""
-    filters: list[CaptionFilter] = [NotEmpty()]
-    filters += [MinimumCharacters(config.min_characters), MinimumWords(config.min_words)]
-    if config.max_characters is not None:
-        filters.append(MaximumCharacters(config.max_characters))
-    if config.max_words is not None:
-        filters.append(MaximumWords(config.max_words))
-    return filters
+    def objection(self, caption: str) -> str | None:
+        limits, written = self.limits, caption.replace(" ", "")
+        letters = sum(character.isalpha() for character in written)
+        if limits.min_letters is not None and letters < limits.min_letters * len(written):
+            return "caption-characters"
+        foreign = sum(not character.isascii() for character in written)
+        if limits.max_non_ascii is not None and foreign > limits.max_non_ascii * len(written):
+            return "caption-characters"
+        repeated = sum(before == after for before, after in pairwise(written))
+        if limits.max_repeated_characters is not None and repeated > limits.max_repeated_characters * len(
+            written
+        ):
+            return "caption-repetitive"
+        words = caption.casefold().split()
+        again = len(words) - len(set(words))
+        if limits.max_repeated_words is not None and again > limits.max_repeated_words * len(words):
+            return "caption-repetitive"
+        return None

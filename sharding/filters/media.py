@@ -1,68 +1,115 @@
-"""Filters of media by what their header, or the stored clip, says."""
+"""Filters of media: by the header of the source, and by what is stored of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Literal, Protocol
 
-from sharding.config import FilterConfig
-from sharding.media.info import MediaInfo
+from sharding.media.info import Encoded, MediaInfo
 
 
-class MediaFilter(Protocol):
-    """Decides about one image or clip."""
+class HeaderRule(Protocol):
+    """Decides about a source that is not decoded yet."""
 
-    @property
-    def cause(self) -> str: ...
+    def objection(self, info: MediaInfo) -> str | None:
+        """The cause under which the source is dropped; None where it may stay."""
+        ...
 
-    def keeps(self, info: MediaInfo) -> bool: ...
+
+class StoredRule(Protocol):
+    """Decides about what is to be stored."""
+
+    def objection(self, media: Encoded, captions: list[str]) -> str | None:
+        """The cause under which the sample is dropped; None where it may stay."""
+        ...
+
+
+def _outside(value: float, least: float | None, most: float | None, causes: tuple[str, str]) -> str | None:
+    """Of the causes (below, above) the one that applies."""
+    if least is not None and value < least:
+        return causes[0]
+    return causes[1] if most is not None and value > most else None
 
 
 @dataclass(frozen=True)
-class MinimumSize:
-    """Shorter side, in pixels."""
+class Size:
+    """Shorter and longer side, in pixels."""
 
-    limit: int
-    cause: ClassVar[str] = "too-small"
+    least: int | None
+    most: int | None
 
-    def keeps(self, info: MediaInfo) -> bool:
-        return min(info.width, info.height) >= self.limit
+    def objection(self, info: MediaInfo) -> str | None:
+        if self.least is not None and min(info.width, info.height) < self.least:
+            return "too-small"
+        return "too-large" if self.most is not None and max(info.width, info.height) > self.most else None
 
 
 @dataclass(frozen=True)
-class MaximumAspect:
+class Aspect:
     """Longer side over shorter side."""
 
-    limit: float
-    cause: ClassVar[str] = "aspect"
+    most: float
 
-    def keeps(self, info: MediaInfo) -> bool:
-        return max(info.width, info.height) <= self.limit * min(info.width, info.height)
-
-
-@dataclass(frozen=True)
-class MinimumFrames:
-    limit: int
-    cause: ClassVar[str] = "clip-too-short"
-
-    def keeps(self, info: MediaInfo) -> bool:
-        return info.frames >= self.limit
+    def objection(self, info: MediaInfo) -> str | None:
+        passes = max(info.width, info.height) <= self.most * min(info.width, info.height)
+        return None if passes else "aspect"
 
 
 @dataclass(frozen=True)
-class MinimumDuration:
+class Pixels:
+    """Width x height."""
+
+    least: int | None
+    most: int | None
+
+    def objection(self, info: MediaInfo) -> str | None:
+        return _outside(
+            info.width * info.height, self.least, self.most, ("too-few-pixels", "too-many-pixels")
+        )
+
+
+@dataclass(frozen=True)
+class Animated:
+    """Images that move, or those that do not."""
+
+    images: Literal["keep", "drop", "only"]
+
+    def objection(self, info: MediaInfo) -> str | None:
+        if self.images == "drop" and info.animated:
+            return "animated"
+        return "not-animated" if self.images == "only" and not info.animated else None
+
+
+@dataclass(frozen=True)
+class Duration:
     """Seconds."""
 
-    limit: float
-    cause: ClassVar[str] = "clip-too-short"
+    least: float | None
+    most: float | None
 
-    def keeps(self, info: MediaInfo) -> bool:
-        return info.duration >= self.limit
+    def objection(self, media: Encoded, captions: list[str]) -> str | None:
+        return _outside(media.info.duration, self.least, self.most, ("clip-too-short", "clip-too-long"))
 
 
-def source_filters(config: FilterConfig) -> list[MediaFilter]:
-    """Those the configuration asks for, over the header of the source."""
-    filters: list[MediaFilter] = [MinimumSize(config.min_size)]
-    if config.max_aspect is not None:
-        filters.append(MaximumAspect(config.max_aspect))
-    return filters
+@dataclass(frozen=True)
+class Frames:
+    """How many."""
+
+    least: int | None
+    most: int | None
+
+    def objection(self, media: Encoded, captions: list[str]) -> str | None:
+        return _outside(media.info.frames, self.least, self.most, ("too-few-frames", "too-many-frames"))
+
+
+@dataclass(frozen=True)
+class Fps:
+    """Frames a second."""
+
+    least: float | None
+    most: float | None
+
+    def objection(self, media: Encoded, captions: list[str]) -> str | None:
+        # A clip's duration is a rounded number of ticks: a thousandth is no reason to drop it.
+        fps = round(media.info.frames / media.info.duration, 3) if media.info.duration > 0 else 0.0
+        return _outside(fps, self.least, self.most, ("fps-too-low", "fps-too-high"))

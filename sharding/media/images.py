@@ -19,6 +19,7 @@ import simplejpeg
 from PIL import Image
 
 from sharding.errors import BadData
+from sharding.fingerprint import fingerprint
 from sharding.media.colour import composited, eight_bits, has_alpha, is_srgb, to_srgb
 from sharding.media.config import ImageConfig
 from sharding.media.info import Encoded, MediaInfo
@@ -107,7 +108,8 @@ def store_image(image: Image.Image, kind: str, config: ImageConfig, as_it_is: by
         BadData: ``too-many-pixels``, where the format cannot hold so many on a side.
     """
     info = MediaInfo(width=image.width, height=image.height)
-    return Encoded(_bytes_of(image, kind, config) if as_it_is is None else as_it_is, kind, info)
+    data = _bytes_of(image, kind, config) if as_it_is is None else as_it_is
+    return Encoded(data, kind, info, fingerprint([image]))
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -15,6 +15,11 @@ class MediaInfo:
     frames: int = 1
     duration: float = 0.0
 
+    @property
+    def animated(self) -> bool:
+        """Whether there is more than one picture to be shown in turn."""
+        return self.frames > 1
+
     def facts(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {"width": self.width, "height": self.height, "frames": self.frames, "duration": self.duration}
@@ -26,18 +31,34 @@ class MediaInfo:
 
 
 @dataclass(frozen=True)
+class Fingerprint:
+    """``phash``: 64 bits as an unsigned int. ``pixels``: 32 hex digits (BLAKE2b) of size and pixels."""
+
+    phash: int
+    pixels: str
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What a shard stores of one image or clip; ``extension`` without the dot."""
 
     data: bytes
     extension: str
     info: MediaInfo
+    fingerprint: Fingerprint | None = None
 
     def facts(self) -> dict[str, Any]:
         """All but ``data``, as JSON can hold it: this is how it leaves the decoding process."""
-        return {"extension": self.extension, "info": self.info.facts()}
+        found = self.fingerprint
+        return {
+            "extension": self.extension,
+            "info": self.info.facts(),
+            "fingerprint": None if found is None else [found.phash, found.pixels],
+        }
 
     @classmethod
     def of(cls, facts: dict[str, Any], data: bytes) -> Encoded:
         """From ``facts`` and the data."""
-        return cls(data, str(facts["extension"]), MediaInfo.of(facts["info"]))
+        found = facts["fingerprint"]
+        taken = None if found is None else Fingerprint(int(found[0]), str(found[1]))
+        return cls(data, str(facts["extension"]), MediaInfo.of(facts["info"]), taken)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sharding.errors import BadData
+from sharding.fingerprint import Fingerprinter
 from sharding.media.config import VideoConfig
 from sharding.media.images import resized, shrunk
 from sharding.media.info import Encoded, MediaInfo
@@ -173,6 +174,7 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfi
         "mbtree": "0",  # x264's vectorised macroblock tree reads stale memory: other bytes at each run
     }
     sink = io.BytesIO()
+    taken = Fingerprinter()
     count, width, height = 0, 0, 0
     with av.open(sink, mode="w", format="mp4", options={"fflags": "+bitexact"}) as out:
         stream = out.add_stream("libx264", rate=fps, options=options)
@@ -182,13 +184,15 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfi
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             rgb = _sized(array, (width, height))
+            taken.add(rgb)
             picture = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             picture.pts = count
             picture.time_base = 1 / fps
             out.mux(stream.encode(picture))
             count += 1
         out.mux(stream.encode(None))
-    return Encoded(sink.getvalue(), "mp4", MediaInfo(width, height, count, float(count / fps)))
+    info = MediaInfo(width, height, count, float(count / fps))
+    return Encoded(sink.getvalue(), "mp4", info, taken.result())
 
 
 def _sized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -223,9 +227,12 @@ def _as_it_is(data: bytes, config: VideoConfig) -> Encoded | None:
         ):
             return None
         decoded = 0
+        taken = Fingerprinter()
         for frame in container.decode(stream):
             if checked(frame).rotation:
                 return None
+            taken.add(upright(frame))
             decoded += 1
         _complete(decoded, max(frames, stream.frames))
-        return Encoded(data, "mp4", MediaInfo(context.width, context.height, frames, duration))
+        info = MediaInfo(context.width, context.height, frames, duration)
+        return Encoded(data, "mp4", info, taken.result())

@@ -41,7 +41,7 @@ def test_the_same_rows_are_the_same_bytes():
 
 
 def test_columns_of_a_later_version_are_passed_over():
-    table = index_table([ROW]).append_column("score", pa.array([0.25]))
+    table = index_table([ROW]).append_column("aesthetics", pa.array([0.25]))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     assert read_index(sink.getvalue().to_pybytes()).column_names == INDEX_SCHEMA.names

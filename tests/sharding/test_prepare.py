@@ -23,7 +23,7 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 
-from sharding import stages
+from sharding import exchange, stages
 from sharding.errors import BadDataLimit, UserError
 from sharding.index import read_index
 from sharding.manifest import load_manifest
@@ -33,7 +33,7 @@ from sharding.report import closing_table
 from sharding.storage import Storage, open_storage
 
 real_encode = stages.encode
-real_find_duplicates = stages.find_duplicates
+real_gather = exchange.gather
 
 DUPLICATES = (7, 23, 24)  # copies of picture 3, in three tasks
 
@@ -66,7 +66,7 @@ def _config(corpus: Path | str, **changes) -> PrepareConfig:
         "modality": "image",
         "samples_per_shard": 8,
         "image": {"resize": 24},
-        "filters": {"min_size": 30},
+        "filters": [{"kind": "size", "min": 30}, {"kind": "duplicates"}],
     }
     return PrepareConfig.model_validate(values | changes)
 
@@ -141,10 +141,67 @@ def test_another_configuration_or_source_is_another_dataset(tmp_path, corpus, ra
 
 
 def test_duplicates_are_kept_on_demand(tmp_path, corpus, ray_session):
-    config = _config(corpus, filters={"min_size": 30, "duplicates": "keep"})
+    config = _config(corpus, filters=[{"kind": "size", "min": 30}])
     manifest = prepare("pairs", config, open_storage(tmp_path / "out"), in_flight=2).manifest
     assert manifest.samples == 26
     assert "duplicate" not in manifest.counts.dropped
+
+
+EMOJI = Path(__file__).parents[2] / "pipeline/demo/corpus/images"
+
+
+@pytest.mark.parametrize("samples_per_shard", [5, 100])
+def test_copies_in_other_files_and_near_copies_are_found_over_the_whole_corpus(
+    tmp_path, ray_session, samples_per_shard
+):
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    faces = sorted(EMOJI.glob("1f4*.webp"))[:6]
+    for number, path in enumerate(faces):
+        picture = Image.open(path).convert("RGB")
+        picture.save(folder / f"{number:02d}.png")
+        picture.save(folder / f"{10 + number}.bmp")  # the same pixels
+        picture.save(folder / f"{20 + number}.jpg", quality=80)
+        (folder / f"{30 + number}.png").write_bytes((folder / f"{number:02d}.png").read_bytes())
+        for start in (0, 10, 20, 30):
+            (folder / f"{start + number:02d}.txt").write_text("an emoji")
+    config = _config(
+        folder,
+        samples_per_shard=samples_per_shard,
+        filters=[
+            {"kind": "duplicates"},
+            {"kind": "duplicates", "by": "pixels"},
+            {"kind": "near_duplicates", "distance": 8},
+        ],
+    )
+    storage = open_storage(tmp_path / "out")
+    prepared = prepare("emoji", config, storage, in_flight=3)
+    assert prepared.manifest.counts.dropped == {"duplicate": 6, "duplicate-pixels": 6, "near-duplicate": 6}
+    assert _keys(storage, prepared.path) == [f"{number:02d}.png" for number in range(6)]
+
+
+class NoSevens:
+    """A filter as a user would write one; tasks import it from the working directory."""
+
+    level = "caption"
+
+    def __init__(self, digit: str) -> None:
+        self.digit = digit
+
+    def keeps(self, caption: str) -> bool:
+        return self.digit not in caption
+
+
+def test_a_class_of_the_users_runs_in_the_tasks_and_its_drops_are_a_choice(tmp_path, corpus, ray_session):
+    block = {
+        "kind": "custom",
+        "filter": "tests.sharding.test_prepare.NoSevens",
+        "arguments": {"digit": "7"},
+    }
+    config = _config(corpus, filters=[block], bad_limit=0.1)
+    manifest = prepare("pairs", config, open_storage(tmp_path / "out"), in_flight=2).manifest
+    assert manifest.counts.dropped["custom-no-sevens"] == 3
+    assert manifest.configuration["filters"][0]["arguments"] == {"digit": "7"}
 
 
 def test_duplicates_within_a_single_task_are_dropped(tmp_path, corpus, ray_session):
@@ -209,7 +266,7 @@ def test_too_much_bad_data_aborts_and_a_mended_corpus_is_read_again(tmp_path, ra
 
 
 def test_a_corpus_of_which_nothing_is_left_is_a_user_error(tmp_path, corpus, ray_session):
-    config = _config(corpus, filters={"min_size": 1000})
+    config = _config(corpus, filters=[{"kind": "size", "min": 1000}])
     with pytest.raises(UserError, match=r"nothing is left of 30 inputs .*too-small 27"):
         prepare("pairs", config, open_storage(tmp_path / "out"), in_flight=2)
 
@@ -236,8 +293,8 @@ def _dies_always(work, task):
     return real_encode(work, task)
 
 
-def _breaks_shards(work, bucket):
-    found = real_find_duplicates(work, bucket)
+def _breaks_shards(work, group):
+    found = real_gather(work, group)
     for name in ("000000.tar", "000001.tar"):
         data = work.dataset.read_bytes(f"work/staged/{name}")
         work.dataset.write_bytes(f"work/staged/{name}", data[:1000] + b"?" + data[1001:])
@@ -356,13 +413,13 @@ def test_clips_and_animations_become_a_video_dataset(tmp_path, ray_session):
             "source": {"kind": "folder", "path": str(folder), "captions": ".json"},
             "modality": "video",
             "video": {"resize": 32, "max_frames": 16},
-            "filters": {"min_frames": 8},
+            "filters": [{"kind": "frames", "min": 8}, {"kind": "duplicates"}],
             "bad_limit": 0.5,
         }
     )
     storage = open_storage(tmp_path / "out")
     prepared = prepare("clips", config, storage, in_flight=1)
-    assert prepared.manifest.counts.dropped == {"clip-too-short": 1, "decode-failed": 1}
+    assert prepared.manifest.counts.dropped == {"decode-failed": 1, "too-few-frames": 1}
     dataset = storage.at(prepared.path)
     rows = read_index(dataset.read_bytes("000000.parquet")).to_pylist()
     assert [(row["frames"], row["width"], row["height"]) for row in rows] == [(12, 40, 32), (16, 40, 32)]
@@ -374,7 +431,7 @@ def test_clips_and_animations_become_a_video_dataset(tmp_path, ray_session):
 def test_a_staged_shard_that_broke_is_made_again(tmp_path, corpus, ray_session, monkeypatch):
     reference = open_storage(tmp_path / "reference")
     expected = prepare("pairs", _config(corpus), reference, in_flight=2)
-    monkeypatch.setattr(stages, "find_duplicates", _breaks_shards)
+    monkeypatch.setattr(exchange, "gather", _breaks_shards)
     storage = open_storage(tmp_path / "out")
     prepared = prepare("pairs", _config(corpus), storage, in_flight=2)
     assert _files(storage, prepared.path) == _files(reference, expected.path)
