@@ -169,8 +169,11 @@ class ShardCache:
         """The right to fetch one file, of one process and thread at a time."""
         folder = self.folder / _INCOMING / sha256
         with contextlib.ExitStack() as stack:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                folder.mkdir(parents=True, exist_ok=True)
+                # Not exist_ok: that raises where the one before us removes the folder at this moment.
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
                 try:
                     lock = (folder / _LOCK).open("ab")
                 except FileNotFoundError:  # the one before us has just tidied up

@@ -342,3 +342,15 @@ def test_a_download_under_way_counts_against_the_limit(storage, tmp_path, monkey
     assert fetch(cache, storage, 3) == content(3)
     assert counts == [2, 1]
     assert len(cached(cache)) == 3
+
+
+def test_downloads_that_begin_as_others_end_do_not_meet(storage, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 5 * SIZE)
+
+    def fetch_and_forget(_):
+        data = fetch(cache, storage, 1)
+        cache.discard(digest(1))
+        return data == content(1)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(fetch_and_forget, range(400)))
