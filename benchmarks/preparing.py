@@ -221,6 +221,7 @@ def prepare_ours(table: Path, out: Path, shard: int, server: Server) -> Run:
     seconds = time.perf_counter() - started
     kept, read = dataset.manifest.counts.kept, dataset.manifest.counts.read
     assert kept == read, dataset.manifest.counts
+    marks.append((time.perf_counter(), read))  # the exchange of duplicates and the last shard committed
     cpu, served = job_cpu(server) - cpu, server.cpu() - served
     return Run(kept / seconds, steady(marks), cpu / kept, served / kept)
 
