@@ -12,7 +12,7 @@ pixels (shorter side) at quality 95, img2dataset's default. Round after round th
   (libjpeg-turbo, torch's resizing of uint8); nothing fetched, checked or written.
 
 Both jobs fetch from one static server on loopback (a process of its own, asyncio, bodies in memory); the CPU it takes
-beside the job's is printed. *whole* is the job from its call to its end; *steady* leaves the start out: images
+is printed beside the job's. *whole* is the job from its call to its end; *steady* leaves the start out: images
 between the first and the last round of shards done, over the time between them.
 """
 
@@ -61,10 +61,11 @@ PROCESSES = 2
 
 @dataclass(frozen=True)
 class Run:
-    """Images a second of the whole job and without its start; CPU seconds of the server over those of the job."""
+    """Images a second of the whole job and without its start; seconds of CPU an image, of the job and of the server."""
 
     whole: float
     steady: float
+    cpu: float
     server: float | None
 
 
@@ -221,7 +222,9 @@ def prepare_ours(table: Path, out: Path, shard: int, server: Server) -> Run:
     seconds = time.perf_counter() - started
     kept, read = dataset.manifest.counts.kept, dataset.manifest.counts.read
     assert kept == read, dataset.manifest.counts
-    return Run(kept / seconds, steady(marks), (server.cpu() - served) / (job_cpu(server) - cpu))
+    marks.append((time.perf_counter(), read))  # the exchange of duplicates and the last shard committed
+    cpu, served = job_cpu(server) - cpu, server.cpu() - served
+    return Run(kept / seconds, steady(marks), cpu / kept, served / kept)
 
 
 def make_peer(folder: Path) -> None:
@@ -258,7 +261,8 @@ def prepare_peer(peer: Path, table: Path, out: Path, shard: int, server: Server)
     marks = sorted((record["end_time"], record["successes"]) for record in records)
     done = 0
     totals = [(end, done := done + successes) for end, successes in marks]
-    return Run(images / seconds, steady(totals), (server.cpu() - served) / (job_cpu(server) - cpu))
+    cpu, served = job_cpu(server) - cpu, server.cpu() - served
+    return Run(images / seconds, steady(totals), cpu / images, served / images)
 
 
 def steady(marks: list[tuple[float, int]]) -> float:
@@ -271,14 +275,15 @@ def bare(files: list[Path]) -> Run:
     """Two processes of decode, resize, encode; only the slower one's time without its start counts."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(PROCESSES) as pool:
-        seconds = pool.map(_bare, [files[number::PROCESSES] for number in range(PROCESSES)], chunksize=1)
-    rate = len(files) / max(seconds)
-    return Run(rate, rate, None)
+        took = pool.map(_bare, [files[number::PROCESSES] for number in range(PROCESSES)], chunksize=1)
+    rate = len(files) / max(seconds for seconds, _ in took)
+    return Run(rate, rate, sum(cpu for _, cpu in took) / len(files), None)
 
 
-def _bare(files: list[Path]) -> float:
+def _bare(files: list[Path]) -> tuple[float, float]:
+    """Seconds, and seconds of CPU."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for file in files:
         pixels = torch.from_numpy(simplejpeg.decode_jpeg(file.read_bytes()))
         scale = STORED / min(pixels.shape[:2])
@@ -286,19 +291,15 @@ def _bare(files: list[Path]) -> float:
         resized = interpolate(pixels[None].permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)
         rgb = resized[0].permute(1, 2, 0).contiguous().numpy()
         simplejpeg.encode_jpeg(rgb, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def print_table(images: int, runs: dict[str, list[Run]]) -> None:
     """Medians, and ours over each: medians of the rounds' ratios."""
     table = Table(title=f"{images} JPEGs of {SOURCE} pixels, stored at {STORED}, {PROCESSES} processes")
     columns = (
-        "contestant",
-        "whole, images/s",
-        "glscl / this",
-        "steady, images/s",
-        "glscl / this",
-        "server's CPU / job's",
+        *("contestant", "whole, images/s", "glscl / this", "steady, images/s", "glscl / this"),
+        *("CPU ms an image", "this / glscl", "server's"),
     )
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
@@ -311,7 +312,9 @@ def print_table(images: int, runs: dict[str, list[Run]]) -> None:
             f"{statistics.median(ours.whole / this.whole for ours, this in pairs):.2f}",
             f"{statistics.median(run.steady for run in own):.0f}",
             f"{statistics.median(ours.steady / this.steady for ours, this in pairs):.2f}",
-            f"{statistics.median(server):.0%}" if server else "-",
+            f"{1e3 * statistics.median(run.cpu for run in own):.2f}",
+            f"{statistics.median(this.cpu / ours.cpu for ours, this in pairs):.2f}",
+            f"{1e3 * statistics.median(server):.2f}" if server else "-",
         )
     Console(width=130).print(table)
 
