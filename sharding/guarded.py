@@ -45,7 +45,7 @@ class Decoder(Protocol):
         """What the input's header says: cheap, no pixels."""
 
     def parts(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """What is made of the input: facts (as JSON holds them) and data of each part."""
+        """What is made of the input: facts (as JSON holds them, never none) and data of each part."""
 
 
 class _Gone(Exception):

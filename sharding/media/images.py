@@ -154,6 +154,8 @@ def _upright_srgb(data: bytes, resize: int | None, max_pixels: int) -> _Decoded:
         image = to_srgb(resized(image, size), profile)
         if orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
+        if image is opened:
+            image = opened.copy()  # a file of several pages loads itself again, though it is closed by then
         image.info = {}  # or the profile that was just applied would be stored
         return _Decoded(image, opened.format or "", untouched)
 

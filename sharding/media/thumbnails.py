@@ -35,4 +35,4 @@ class Thumbnailer:
         image.thumbnail((_SIDE, _SIDE))
         sink = io.BytesIO()
         image.save(sink, "JPEG", quality=_QUALITY)
-        yield {}, sink.getvalue()
+        yield {"width": image.width, "height": image.height}, sink.getvalue()

@@ -32,7 +32,7 @@ def _corpus(folder: Path, count: int) -> PrepareConfig:
             "source": {"kind": "folder", "path": str(folder)},
             "modality": "image",
             "samples_per_shard": 4,
-            "filters": {"min_size": 30},
+            "filters": [{"kind": "size", "min": 30}, {"kind": "duplicates"}],
         }
     )
 

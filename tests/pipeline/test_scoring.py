@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from sharding.transcode import ClipLimits, transcode_video
 
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLProcessor
 from pipeline.config import parse_job
@@ -22,6 +21,8 @@ from sharding.errors import UserError
 from sharding.filters.config import ScoreFilter
 from sharding.index import read_index
 from sharding.media import decode_image, decode_video
+from sharding.media.config import VideoConfig
+from sharding.media.transcode import transcode_video
 from sharding.prepare import prepare
 from sharding.scoring import ScoredSample
 from sharding.storage import open_storage
@@ -79,7 +80,7 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(model):
 
 
 def test_a_clip_is_scored_by_its_frames(model):
-    clip = transcode_video(next(CLIPS.glob("*.mp4")).read_bytes(), ClipLimits(resize=40)).data
+    clip = transcode_video(next(CLIPS.glob("*.mp4")).read_bytes(), VideoConfig(resize=40)).data
     score = find_scorer(str(model), frames=2)(_block(model, frames=2)).score(
         [ScoredSample(clip, "mp4", ["a moving thing"])]
     )[0]

@@ -57,7 +57,7 @@ def _causes(examined: list) -> list[str | int]:
 
 
 def test_inputs_come_out_in_their_order_whatever_becomes_of_them():
-    examiner = Examiner(_config(filters={"min_size": 20}))
+    examiner = Examiner(_config(filters=[{"kind": "size", "min": 20}]))
     inputs = []
     for number in range(40):
         media = {0: b"broken", 1: b"", 2: _png(number, 40, 19)}.get(number % 10, _png(number))
@@ -145,7 +145,7 @@ def test_parts_that_a_filter_drops_are_counted_one_by_one():
     config = _config(
         modality="video",
         video={"clips": "all", "clip_s": 1, "min_clip_s": 0},
-        filters={"min_duration_s": 0.8},
+        filters=[{"kind": "duration", "min": 0.8}],
     )
     examined = Examiner(config).examine(_fetched(_video(frames=50)))
     assert [candidate.part for candidate in examined.candidates] == [0, 1]

@@ -34,7 +34,7 @@ def index_path(task: int) -> str:
 def _row(task: int, row: int, sha256: int, phash: int, pixels: int, part: int | None) -> IndexRow:
     key = f"{task:06d}-{row:06d}" + ("" if part is None else f"-{part:04d}")
     return IndexRow(
-        key, "jpg", 0, 1, 0, 1, 0, 1, 0, 8, 8, 1, 0.0, 1, 1, f"{sha256:032x}" + "0" * 32, "x",
+        key, "jpg", 0, 1, 0, 1, 0, 1, 0, 0, 0, 8, 8, 1, 0.0, 1, 1, f"{sha256:032x}" + "0" * 32, "x",
         phash=phash, pixels=f"{pixels:032x}",
     )  # fmt: skip
 

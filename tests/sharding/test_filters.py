@@ -230,7 +230,7 @@ def test_the_pages_of_a_tiff_are_no_animation():
     ],
 )
 def test_clips_are_dropped_by_what_is_stored_of_them(block, frames, seconds, cause):
-    config = _config(modality="video", filters=[block], video={"max_duration_s": 9, "max_frames": 99})
+    config = _config(modality="video", filters=[block], video={"clip_s": 9, "max_frames": 99})
     media = Encoded(b"", "mp4", MediaInfo(8, 8, frames, seconds))
     filters = build_filters(config.filters)
     if cause is None:
@@ -383,7 +383,7 @@ def test_later_copies_agrees_with_a_set_on_many_digests():
             {
                 "modality": "video",
                 "filters": [{"kind": "duration", "min": 10}],
-                "video": {"max_duration_s": 5},
+                "video": {"clip_s": 5},
             },
             "longer clips",
         ),

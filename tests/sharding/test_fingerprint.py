@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sharding.transcode import ClipLimits, transcode_video
 
 from sharding.fingerprint import Fingerprinter, fingerprint
 from sharding.media import encode_image
+from sharding.media.config import ImageConfig, VideoConfig
+from sharding.media.transcode import transcode_video
 
 CORPUS = Path(__file__).parents[2] / "pipeline/demo/corpus"
 
@@ -72,15 +73,15 @@ def test_other_file_formats_of_the_same_pixels_are_the_same_picture():
         sink = io.BytesIO()
         picture.save(sink, kind)
         files.append(sink.getvalue())
-    found = {encode_image(data, image_format="jpg", quality=80).fingerprint for data in files}
+    found = {encode_image(data, ImageConfig(format="jpg", quality=80)).fingerprint for data in files}
     assert len(found) == 1
     assert found == {fingerprint([picture])}
 
 
 def test_a_clip_is_known_again_in_another_compression_and_told_from_its_neighbours():
     clips = sorted((CORPUS / "clips").glob("1f9d1-*.mp4"))[:6]
-    fine = [transcode_video(path.read_bytes(), ClipLimits(resize=64, crf=18)) for path in clips]
-    coarse = [transcode_video(one.data, ClipLimits(resize=48, crf=30)) for one in fine]
+    fine = [transcode_video(path.read_bytes(), VideoConfig(resize=64, crf=18)) for path in clips]
+    coarse = [transcode_video(one.data, VideoConfig(resize=48, crf=30)) for one in fine]
     hashes = [[one.fingerprint.phash for one in ones if one.fingerprint] for ones in (fine, coarse)]
     distances = np.array([[(left ^ right).bit_count() for right in hashes[1]] for left in hashes[0]])
     assert (np.diagonal(distances) <= 8).all(), distances
@@ -89,11 +90,11 @@ def test_a_clip_is_known_again_in_another_compression_and_told_from_its_neighbou
 
 
 def test_a_clip_that_is_stored_unchanged_has_a_fingerprint_too():
-    stored = transcode_video(next((CORPUS / "clips").glob("*.mp4")).read_bytes(), ClipLimits(resize=48))
-    again = transcode_video(stored.data, ClipLimits())
+    stored = transcode_video(next((CORPUS / "clips").glob("*.mp4")).read_bytes(), VideoConfig(resize=48))
+    again = transcode_video(stored.data, VideoConfig())
     assert again.data == stored.data
     assert again.fingerprint is not None
-    assert again.fingerprint == transcode_video(stored.data, ClipLimits()).fingerprint
+    assert again.fingerprint == transcode_video(stored.data, VideoConfig()).fingerprint
 
 
 def test_a_fingerprint_of_no_frame_is_refused():

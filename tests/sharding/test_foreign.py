@@ -15,6 +15,8 @@ from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.foreign import index_shards
 from sharding.index import load_index, read_index
 from sharding.manifest import MANIFEST_PATH, load_manifest
+from sharding.media.config import VideoConfig
+from sharding.media.transcode import transcode_video
 from sharding.overlay import retract_keys
 from sharding.reader import RawSample, ShardReader
 from sharding.storage import Storage, open_storage
@@ -278,10 +280,8 @@ def test_killed_while_indexing_it_goes_on_and_ends_with_the_same_bytes(tmp_path)
 
 
 def test_clips_have_their_frames_and_seconds(tmp_path):
-    from sharding.transcode import ClipLimits, transcode_video
-
     source = (CORPUS / corpus_rows("clips.jsonl", limit=1)[0]["path"]).read_bytes()
-    limits = ClipLimits(64, None, 900, 60.0, 8, 30, 2**25, 10**7)
+    limits = VideoConfig(resize=64, crf=30)
     clip = transcode_video(source, limits)
     write_tar(tmp_path / "0.tar", [("a.mp4", clip.data), ("a.txt", b"moving")])
     storage = open_storage(tmp_path)

@@ -61,7 +61,7 @@ def _config(folder: Path, inputs: int) -> PrepareConfig:
             "modality": "image",
             "samples_per_shard": 3,
             "image": {"resize": 150},
-            "filters": {"min_size": 30},
+            "filters": [{"kind": "size", "min": 30}, {"kind": "duplicates"}],
             "task_retries": WORKERS_KILLED + 3,
         }
     )
