@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 
@@ -126,7 +126,7 @@ class _Fetcher:
         self._byte_limit, self._behind = byte_limit, behind
         self._batches: deque[frozenset[Need]] = deque()  # planned and not yet past
         self._first = self._handed_out = 0  # number of the first of them; of batches handed out
-        self._uses: OrderedDict[Need, int] = OrderedDict()  # batches of each shard, the soonest needed first
+        self._uses: Counter[Need] = Counter()  # planned batches of each shard
         self._leases: dict[Need, list[int]] = {}
         self._busy: set[Need] = set()
         self._not_before: dict[Need, float] = {}
@@ -137,8 +137,7 @@ class _Fetcher:
         """One more batch."""
         with self._changed:
             self._batches.append(needs)
-            for need in sorted(needs):
-                self._uses[need] = self._uses.get(need, 0) + 1
+            self._uses.update(needs)
             self._changed.notify_all()
 
     def advance(self) -> None:
@@ -185,15 +184,32 @@ class _Fetcher:
             raise
 
     def _most_urgent(self) -> Need | None:
+        """The shard to be fetched next. Lets go of those that have no room before others are needed.
+
+        A shard may be read now and once more at the end of the epoch, where a lane of it begins or ends: held until
+        then it would take the room of what comes between.
+        """
         room, now = self._byte_limit, time.monotonic()
-        for need in self._uses:
+        near: set[Need] = set()
+        urgent: Need | None = None
+        for need in self._by_next_use():
             room -= self._size(need)
             if room < 0:
-                return None
+                break
+            near.add(need)
             is_had = need in self._leases or need in self._busy
-            if not is_had and self._not_before.get(need, 0.0) <= now:
-                return need
-        return None
+            if urgent is None and not is_had and self._not_before.get(need, 0.0) <= now:
+                urgent = need
+        for need in self._leases.keys() - near:
+            _close(self._leases.pop(need))
+        return urgent
+
+    def _by_next_use(self) -> Iterator[Need]:
+        """The shards of the plan, those of the earliest batch first."""
+        seen: set[Need] = set()
+        for needs in self._batches:
+            yield from sorted(needs - seen)
+            seen |= needs
 
     def _size(self, need: Need) -> int:
         record = self._record(need)

@@ -72,7 +72,7 @@ def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
 def test_a_wrong_s3_key_is_refused_without_being_printed(
     tmp_path: Path, tree: dict[str, Any], s3_server: S3Server
 ) -> None:
-    tree["storage"] = {"url": f"s3://{s3_server.bucket()}/x"}
+    tree["storage"] = {"url": s3_server.fresh("x")}
     wrong = s3_server.environment | {"AWS_SECRET_ACCESS_KEY": "not-the-secret"}
     output = refused("prepare", tmp_path, tree, **wrong)
     assert tree["storage"]["url"] in output

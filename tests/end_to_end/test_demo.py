@@ -21,7 +21,7 @@ _STEPS = (6, 2, 2)
 def test_the_demo_runs_on_s3_and_all_its_processes_stay_under_8_gib(
     s3_server: S3Server, tmp_path: Path
 ) -> None:
-    url = f"s3://{s3_server.bucket()}/demo"
+    url = s3_server.fresh("demo")
     overrides = [
         part
         for stage, steps in enumerate(_STEPS)

@@ -24,7 +24,7 @@ def test_the_job_runs_on_s3_while_the_mlflow_server_dies_and_comes_back(
     server = MlflowServer(tmp_path)
     server.start()
     try:
-        tree = tiny_job(raw_corpus, f"s3://{s3_server.bucket()}/jobs", name="on-s3", tracking=tmp_path)
+        tree = tiny_job(raw_corpus, s3_server.fresh("jobs"), name="on-s3", tracking=tmp_path)
         tree["train"]["stages"][0] |= {"steps": 20, "checkpoint_every": 5}
         tree["train"] |= {"cache_mb": 64, "loader_processes": 1}
         tree["tracking"]["uri"] = server.uri

@@ -295,7 +295,7 @@ def test_a_run_in_s3_is_exported_with_the_usual_variables(
 ) -> None:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    url = f"s3://{s3_server.bucket()}/storage"
+    url = s3_server.fresh("storage")
     bucket = open_storage(url)
     for file in trained.root.list():
         bucket.write_bytes(file.path, trained.root.read_bytes(file.path))

@@ -87,14 +87,15 @@ def test_no_span_of_a_lane_lies_in_more_shards_than_is_said(counts, span):
     assert most - seen <= 1  # near enough to be of use
 
 
-def test_the_batches_are_those_of_the_sampler_and_their_shards_come_within_the_limit(remote, tmp_path):
+@pytest.mark.parametrize("seed", [1, 2, 3])  # other cuts of the ring of shards
+def test_the_batches_are_those_of_the_sampler_and_their_shards_come_within_the_limit(remote, tmp_path, seed):
     storage, manifest = remote
     train = block(cache_mb=-(-bytes_needed(block(), {"a": manifest}, 1) // 2**20))
     cache = open_cache(tmp_path / "cache", train, {"a": manifest}, 1)
     readers = {"a": ShardReader(storage, manifest, cache, fetches=False)}
-    plain = list(sampler(train, readers))
+    plain = list(sampler(train, readers, seed=seed))
     prefetched = PrefetchedSampler(
-        sampler(train, readers), readers, byte_limit=cache.byte_limit, behind=in_flight(train)
+        sampler(train, readers, seed=seed), readers, byte_limit=cache.byte_limit, behind=in_flight(train)
     )
     assert len(prefetched) == len(plain)
     assert list(prefetched) == plain
@@ -118,7 +119,7 @@ def test_a_batch_is_read_at_once_and_is_what_its_samples_are_one_by_one(remote, 
     train = block()
     readers = {"a": ShardReader(storage, manifest)}
     monkeypatch.setattr(
-        "pipeline.training.batches.decode_image", lambda media: torch.zeros(8, 8, 3).byte().numpy()
+        "pipeline.training.batches.decode_image", lambda media, detail: torch.zeros(8, 8, 3).byte().numpy()
     )
     dataset = StageDataset(readers, train.stages[0], image_size=8, seed=3)
     slots = [slot for batch in sampler(train, readers) for slot in batch] + [Slot("a", -1, -1, 0)]

@@ -203,7 +203,7 @@ def test_all_verbs_work_on_s3_with_an_endpoint_option(s3_server, tmp_path, monke
         if name != "AWS_ENDPOINT_URL":
             monkeypatch.setenv(name, setting)
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    root = f"s3://{s3_server.bucket()}/store"
+    root = s3_server.fresh("store")
     options = ("--endpoint-url", s3_server.endpoint_url)
     storage = open_storage(s3_server.config(root))
     write_image_dataset(storage.at("datasets/a-1"), 3, name="a")

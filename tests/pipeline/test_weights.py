@@ -59,7 +59,7 @@ def test_weights_are_found_by_path_url_or_beside_the_data(
 def test_weights_come_from_s3_too(
     model: GLSCLForPreTraining, clip: Path, tmp_path: Path, s3_server: S3Server
 ) -> None:
-    url = f"s3://{s3_server.bucket()}/weights"
+    url = s3_server.fresh("weights")
     storage = Storage(s3_server.config(url))
     storage.upload(clip, "clip.safetensors")
     before = _class_token(model)

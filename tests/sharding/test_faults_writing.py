@@ -92,8 +92,9 @@ def large(tmp_path, monkeypatch):
 
 
 def open_uploads(s3_server, storage):
-    bucket = storage.url.removeprefix("s3://").partition("/")[0]
-    return s3_server.client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    bucket, _, prefix = storage.url.removeprefix("s3://").partition("/")
+    uploads = s3_server.client().list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    return [upload for upload in uploads if upload["Key"].startswith(prefix)]
 
 
 @pytest.mark.server

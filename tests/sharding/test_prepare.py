@@ -357,7 +357,7 @@ def test_a_full_disk_names_the_task_and_the_path_and_a_rerun_goes_on(
 
 def test_a_damaged_record_is_named(tmp_path, corpus, ray_session, monkeypatch):
     storage = open_storage(tmp_path / "out")
-    monkeypatch.setattr(stages, "find_duplicates", _has_a_bug)
+    monkeypatch.setattr(exchange, "steps", lambda _: [(_has_a_bug, 1)])
     with pytest.raises(TaskFailed, match="nonsense"):
         prepare("pairs", _config(corpus), storage, in_flight=2)
     (dataset,) = (tmp_path / "out" / "datasets").iterdir()

@@ -205,7 +205,7 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts_behind(
     storage, proxy, s3_server, tmp_path, monkeypatch
 ):
     (tmp_path / "source").write_bytes(bytes(12 << 20))
-    bucket = storage.url.removeprefix("s3://").partition("/")[0]
+    bucket = s3_server.bucket()  # of its own: all that is left in it would be of this upload
 
     def spoil(self, operation, *arguments, **request):
         if operation == "upload_part" and request["PartNumber"] == 2:
@@ -216,7 +216,7 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts_behind(
 
     true_call = S3Backend._call
     monkeypatch.setattr("sharding.storage_s3._PART", 5 << 20)
-    storage = Storage(storage.config.model_copy(update={"read_timeout_s": 20}))
+    storage = Storage(storage.config.model_copy(update={"url": f"s3://{bucket}/data", "read_timeout_s": 20}))
     monkeypatch.setattr(S3Backend, "_call", spoil)
     with pytest.raises(StorageFault, match="spoilt"):
         storage.upload(tmp_path / "source", "large")
@@ -269,7 +269,7 @@ def test_what_the_user_can_mend_is_said_in_one_line_before_anything_starts(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    url = f"s3://{s3_server.bucket()}/x"
+    url = s3_server.fresh("x")
     storage = Storage(s3_server.config(**{"url": url, **change}))
     with caplog.at_level(logging.DEBUG, "sharding"), pytest.raises(UserError, match=message) as caught:
         storage.check(write=True)
@@ -313,7 +313,7 @@ def test_a_user_who_may_only_read_is_told_so_when_writing_is_to_come(s3_server, 
 def test_endpoint_and_credentials_come_from_the_usual_variables(s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    url = f"s3://{s3_server.bucket()}/x"
+    url = s3_server.fresh("x")
     open_storage(url).write_bytes("file", b"1")
     assert open_storage(url).read_bytes("file") == b"1"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -323,7 +323,7 @@ def test_endpoint_and_credentials_come_from_the_usual_variables(s3_server, monke
 
 def test_what_consoles_leave_as_markers_of_empty_folders_is_no_file(s3_server):
     storage = s3_server.storage("x")
-    bucket = storage.url.removeprefix("s3://").partition("/")[0]
-    s3_server.client().put_object(Bucket=bucket, Key="x/empty/", Body=b"")
+    bucket, _, prefix = storage.url.removeprefix("s3://").partition("/")
+    s3_server.client().put_object(Bucket=bucket, Key=f"{prefix}/empty/", Body=b"")
     storage.write_bytes("full/file", b"1")
     assert [file.path for file in storage.list()] == ["full/file"]
