@@ -80,6 +80,8 @@ class Dropped:
         """Whether this sample is dropped."""
         if key in self._keys:
             return True
+        if not len(self._places):
+            return False
         place = shard << 32 | row
         at = int(np.searchsorted(self._places, place))
         return at < len(self._places) and int(self._places[at]) == place

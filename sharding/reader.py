@@ -41,7 +41,6 @@ _NUMBERS = [
     "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
     "crc32", "text_crc32", "json_crc32", "width", "height", "frames",
 ]  # fmt: skip
-_CHECKSUMS = (("media", "crc32"), ("text", "text_crc32"), ("json", "json_crc32"))
 _INDEX_BYTES = 128 << 20  # of indices held by a reader: some hundred shards of 10,000 samples
 _OPEN_SHARDS = 64
 _OPEN_LEASES = 8  # few: what a reader holds open cannot be evicted
@@ -78,13 +77,26 @@ class _Descriptor:
 
 
 class _Place(NamedTuple):
-    """Where a sample lies: bytes ``begin`` to ``end`` of its shard's tar, with its row of the index."""
+    """Where a sample lies: bytes ``begin`` to ``end`` of its shard's tar, its members counted from ``begin``."""
 
     shard: int
     key: str
-    fields: dict[str, Any]
+    extension: str
+    duration: float
     begin: int
     end: int
+    media: int
+    media_end: int
+    text: int
+    text_end: int
+    json: int
+    json_end: int
+    media_crc32: int
+    text_crc32: int
+    json_crc32: int
+    width: int
+    height: int
+    frames: int
 
 
 class _Index:
@@ -94,18 +106,21 @@ class _Index:
         strings = table.select(["key", "extension"]).combine_chunks()
         self.rows = len(table)
         self._keys, self._extensions = (column.combine_chunks() for column in strings.columns)
-        # A row's numbers side by side: one look-up a sample.
-        self._numbers = np.stack([table[name].to_numpy().astype(np.int64) for name in _NUMBERS], axis=1)
+        column = {name: table[name].to_numpy().astype(np.int64) for name in _NUMBERS}
+        members = [(column[f"{name}_offset"], column[f"{name}_size"]) for name in ("media", "text", "json")]
+        begin = np.minimum.reduce([offset for offset, _ in members])
+        end = np.maximum.reduce([offset + size for offset, size in members])
+        bounds = [side for offset, size in members for side in (offset - begin, offset - begin + size)]
+        others = [column[name] for name in ("crc32", "text_crc32", "json_crc32", "width", "height", "frames")]
+        # A row's numbers side by side, as ``_Place`` has them: one look-up a sample.
+        self._numbers = np.stack([begin, end, *bounds, *others], axis=1)
         self._durations = table["duration"].to_numpy()
         self.size = strings.nbytes + self._numbers.nbytes + self._durations.nbytes
 
-    def row(self, row: int) -> dict[str, Any]:
-        return {
-            "key": self._keys[row].as_py(),
-            "extension": self._extensions[row].as_py(),
-            "duration": self._durations[row].item(),
-            **dict(zip(_NUMBERS, self._numbers[row].tolist(), strict=True)),
-        }
+    def place(self, shard: int, row: int) -> _Place:
+        """Where the sample of a row lies in its shard."""
+        key, extension = self._keys[row].as_py(), self._extensions[row].as_py()
+        return _Place(shard, key, extension, self._durations[row].item(), *self._numbers[row].tolist())
 
 
 class _Failed(NamedTuple):
@@ -279,35 +294,33 @@ class ShardReader:
         record = self.manifest.shards[shard]
         if not 0 <= row < record.samples or shard < 0:
             raise IndexError(f"no row {row} in shard {shard}, which has {record.samples} samples")
-        fields = self._index(shard).row(row)
-        key = fields["key"]
-        if self._is_dropped(shard, row, key):
-            raise BadData("dropped", f"{self._where(record, key)}: dropped by the manifest")
-        members = [(fields[f"{name}_offset"], fields[f"{name}_size"]) for name in ("media", "text", "json")]
-        begin = min(offset for offset, _ in members)
-        return _Place(shard, key, fields, begin, max(offset + size for offset, size in members))
+        place = self._index(shard).place(shard, row)
+        if self._is_dropped(shard, row, place.key):
+            raise BadData("dropped", f"{self._where(record, place.key)}: dropped by the manifest")
+        return place
 
     def _sample(self, place: _Place, data: bytes) -> RawSample:
         """The sample in the bytes of its place, verified."""
-        where = self._where(self.manifest.shards[place.shard], place.key)
+        record = self.manifest.shards[place.shard]
         if not _is_right(place, data):
+            where = self._where(record, place.key)
             raise BadData("crc-mismatch", f"{where}: its bytes are not those that were written")
-        fields = place.fields
+        description, text = data[place.json : place.json_end], data[place.text : place.text_end]
         try:
-            record = self.manifest.shards[place.shard]
-            description, text = _member(place, data, "json"), _member(place, data, "text")
             captions = stored_captions(description, text, record.caption_field)
         except ValueError as error:
+            where = self._where(record, place.key)
             raise BadData("bad-json", f"{where}: no captions in its JSON ({error})") from None
+        media = data[place.media : place.media_end]
         return RawSample(
-            key=place.key,
-            media=_member(place, data, "media"),
-            extension=fields["extension"],
-            captions=captions,
-            width=fields["width"],
-            height=fields["height"],
-            frames=fields["frames"],
-            duration=fields["duration"],
+            place.key,
+            media,
+            place.extension,
+            captions,
+            place.width,
+            place.height,
+            place.frames,
+            place.duration,
         )
 
     def _is_dropped(self, shard: int, row: int, key: str) -> bool:
@@ -448,15 +461,14 @@ class ShardReader:
             raise
 
 
-def _member(place: _Place, data: bytes, name: str) -> bytes:
-    at = place.fields[f"{name}_offset"] - place.begin
-    return data[at : at + place.fields[f"{name}_size"]]
-
-
 def _is_right(place: _Place, data: bytes) -> bool:
     """Whether the bytes of a place are all there, and each member's those that were written."""
-    return len(data) == place.end - place.begin and all(
-        zlib.crc32(_member(place, data, name)) == place.fields[checksum] for name, checksum in _CHECKSUMS
+    view = memoryview(data)  # a slice of it is no copy
+    return (
+        len(data) == place.end - place.begin
+        and zlib.crc32(view[place.media : place.media_end]) == place.media_crc32
+        and zlib.crc32(view[place.json : place.json_end]) == place.json_crc32
+        and zlib.crc32(view[place.text : place.text_end]) == place.text_crc32
     )
 
 
