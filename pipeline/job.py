@@ -112,7 +112,9 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
     grid = Table.grid(padding=(0, 2))
     for name, dataset in prepared.items():
-        grid.add_row(f"report of {name}", storage.at(dataset.path).url_of(REPORT_PATH))
+        folder = storage.resolve(dataset.path)
+        if folder.exists(REPORT_PATH):  # a merge, or another program's shards, have none
+            grid.add_row(f"report of {name}", folder.url_of(REPORT_PATH))
     console.print(grid, soft_wrap=True, highlight=False)
     return prepared
 

@@ -124,8 +124,8 @@ class AnimatedFilter(FilterBlock):
 
 
 class DurationFilter(FilterBlock):
-    """Seconds of a clip as stored. To drop long clips rather than cut them, set ``max`` below
-    ``video.max_duration_s``.
+    """Seconds of a clip as stored. To drop long videos rather than cut them (``clips: first``), set ``max`` below
+    ``video.clip_s``.
     """
 
     level: ClassVar[Level] = "stored"

@@ -93,7 +93,7 @@ def test_yaml_that_would_make_objects_is_refused(tmp_path: Path) -> None:
         load_job(file)
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "s3.yaml", "paper.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml", "s3.yaml", "web.yaml", "paper.yaml"])
 def test_the_examples_are_valid(name: str) -> None:
     file = ROOT / "examples" / name
     assert load_job(file).name
