@@ -207,8 +207,8 @@ def prepare_ours(table: Path, out: Path, shard: int, server: Server) -> Run:
     config = PrepareConfig(
         source=TableSource(kind="table", path=str(table), url_column="url", caption_column="caption"),
         modality="image",
-        image=ImageConfig(resize=STORED, format="jpg", quality=QUALITY),
-        fetch=FetchConfig(threads=16),
+        image=ImageConfig(resize=STORED, format="jpg", quality=QUALITY, subsampling=420),
+        fetch=FetchConfig(threads=16, allow_private=True),
         samples_per_shard=shard,
     )
     marks: list[tuple[float, int]] = []

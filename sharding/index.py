@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -83,7 +83,7 @@ class IndexRow:
 
 def index_table(rows: Sequence[IndexRow]) -> pa.Table:
     """The rows as an Arrow table of ``INDEX_SCHEMA``."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=INDEX_SCHEMA)
+    return pa.Table.from_pylist([vars(row) for row in rows], schema=INDEX_SCHEMA)
 
 
 def write_index(index: pa.Table | Sequence[IndexRow]) -> bytes:

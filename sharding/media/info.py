@@ -32,7 +32,7 @@ class MediaInfo:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``phash``: 64 bits as an unsigned int. ``pixels``: 32 hex digits (BLAKE2b) of size and pixels."""
+    """``phash``: 64 bits as an unsigned int. ``pixels``: 32 hex digits (of SHA-256) of mode, size and pixels."""
 
     phash: int
     pixels: str
