@@ -46,7 +46,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # address the media came from
         pa.field("caption_words", pa.int32()),  # of the first caption, between white space
         pa.field("phash", pa.uint64()),  # perceptual hash of what is stored (sharding/fingerprint.py)
-        pa.field("pixels", pa.string()),  # digest of its pixels before they were encoded
+        pa.field("pixels", pa.string()),  # digest of its pixels (sharding/fingerprint.py)
         pa.field("score", pa.float32()),  # image-text score, where a scorer was asked
     ]
 )

@@ -109,7 +109,9 @@ def store_image(image: Image.Image, kind: str, config: ImageConfig, as_it_is: by
     """
     info = MediaInfo(width=image.width, height=image.height)
     data = _bytes_of(image, kind, config) if as_it_is is None else as_it_is
-    return Encoded(data, kind, info, fingerprint([image]))
+    # With "keep", a file that is stored unchanged may have the pixels of another that is not.
+    encoded = None if config.format == "keep" else data
+    return Encoded(data, kind, info, fingerprint([image], encoded))
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
