@@ -4,9 +4,10 @@
     python -m benchmarks.preparing --images 1000 --peer-venv /tmp/img2dataset    # keeps the peer's environment
 
 All get the same JPEGs (``benchmarks/pictures.py``), two processes on the same two cores, and store JPEGs of 256
-pixels (shorter side) at quality 95, img2dataset's default. Round after round they take turns.
+pixels (shorter side) at quality 95 and 4:2:0, img2dataset's default. Round after round they take turns.
 
-- *glscl*: ``sharding.prepare`` of a table of urls, in a Ray of its own that is started before the clock.
+- *glscl*: ``sharding.prepare`` of a table of urls, in a new Ray each round, which is started before the clock; what
+  its workers load is in the time.
 - *img2dataset*: its command line, in a virtual environment that this script makes (which needs pip's package index).
 - *bare*: two processes that read files and decode, resize and encode them with the fastest there is for each
   (libjpeg-turbo, torch's resizing of uint8); nothing fetched, checked or written.
@@ -22,6 +23,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import statistics
@@ -87,12 +89,12 @@ def main() -> None:
         files = write_corpus(folder / "raw", arguments.images)
         server = stack.enter_context(serving(files))
         table = write_table(folder / "urls.parquet", files, server.port)
-        stack.enter_context(
-            session(ClusterConfig(num_cpus=PROCESSES, object_store_mb=256), workers=PROCESSES)
-        )
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name; its workers would stand back
         for number in range(arguments.rounds):
             out = folder / f"round-{number}"
-            runs["glscl"].append(prepare_ours(table, out / "glscl", arguments.shard, server))
+            # A new one each time: workers that are kept would have their modules and decoding processes already.
+            with session(ClusterConfig(num_cpus=PROCESSES, object_store_mb=256), workers=PROCESSES):
+                runs["glscl"].append(prepare_ours(table, out / "glscl", arguments.shard, server))
             runs["img2dataset"].append(prepare_peer(peer, table, out / "peer", arguments.shard, server))
             runs["bare"].append(bare(files))
             shutil.rmtree(out)
@@ -207,8 +209,8 @@ def prepare_ours(table: Path, out: Path, shard: int, server: Server) -> Run:
     config = PrepareConfig(
         source=TableSource(kind="table", path=str(table), url_column="url", caption_column="caption"),
         modality="image",
-        image=ImageConfig(resize=STORED, format="jpg", quality=QUALITY),
-        fetch=FetchConfig(threads=16),
+        image=ImageConfig(resize=STORED, format="jpg", quality=QUALITY, subsampling=420),
+        fetch=FetchConfig(threads=16, allow_private=True),
         samples_per_shard=shard,
     )
     marks: list[tuple[float, int]] = []

@@ -54,7 +54,9 @@ class PrepareConfig(_Block):
         description="CPU time for one image, frame or clip; four times as long by the clock; default: "
         "30 for images, 600 for videos",
     )
-    decode_memory_mb: float = Field(default=4096, ge=256, description="of the process that decodes")
+    decode_memory_mb: float = Field(
+        default=4096, ge=256, description="of the process that decodes, besides its libraries"
+    )
     task_retries: int = Field(default=3, ge=0, description="of a task whose process crashed")
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
-"""Fingerprints of images and clips: a digest of their exact pixels, and a hash that similar ones share.
+"""Fingerprints of images and clips: a digest that those of equal pixels share, and a hash that similar ones share.
 
 The perceptual hash is the DCT hash of 32 x 32 grey values::
 
-    frame -> grey -> 32 x 32 (antialiased) -> DCT-II -> the 64 lowest frequencies but the mean
+    frame -> 32 x 32 (antialiased) -> grey -> DCT-II -> the 64 lowest frequencies but the mean
           -> one bit each: above their median
 
 Bit 0 (the least significant) is the lowest frequency. Of a clip the grey image is a 2 x 2 montage of its four
@@ -21,6 +21,7 @@ from sharding.media.info import Fingerprint
 
 _SIDE = 32
 _BITS = 64
+_DIGITS = 32
 
 
 def _dct(size: int) -> np.ndarray:
@@ -55,28 +56,34 @@ def perceptual_hash(grey: np.ndarray) -> int:
 
 
 class Fingerprinter:
-    """Takes the frames of one sample in order, then gives its fingerprint. Holds 1 KiB a frame."""
+    """Takes the frames of one sample in order, then gives its fingerprint. Holds 1 KiB a frame.
 
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
+    Args:
+        encoded: what an encoder made of the frames, where they decide its bytes: it is digested in their stead,
+            since it is several times smaller.
+    """
+
+    def __init__(self, encoded: bytes | None = None) -> None:
+        self._digest = hashlib.sha256(encoded or b"")  # which processors do by themselves
+        self._of_pixels = encoded is None
         self._grey: list[Image.Image] = []
 
     def add(self, frame: Image.Image | np.ndarray) -> None:
         """One frame: an image, or uint8 [H, W, 3]. Upright, of the stored size, not yet encoded."""
         image = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
-        self._digest.update(f"{image.mode} {image.width} {image.height} ".encode())
-        self._digest.update(image.tobytes())
+        if self._of_pixels:
+            self._digest.update(f"{image.mode} {image.width} {image.height} ".encode())
+            self._digest.update(image.tobytes())
         opaque = _on_white(image) if image.mode == "RGBA" else image
-        # Antialiased; the gap lets large images shrink by a cheap average first.
-        self._grey.append(
-            opaque.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=4.0)
-        )
+        # Antialiased; the gap lets all but small images shrink by a cheap average first.
+        small = opaque.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        self._grey.append(small.convert("L"))
 
     def result(self) -> Fingerprint:
         """The fingerprint of the frames so far; at least one."""
         if not self._grey:
             raise ValueError("a fingerprint needs a frame")
-        return Fingerprint(perceptual_hash(np.asarray(self._picture())), self._digest.hexdigest())
+        return Fingerprint(perceptual_hash(np.asarray(self._picture())), self._digest.hexdigest()[:_DIGITS])
 
     def _picture(self) -> Image.Image:
         frames, half = self._grey, _SIDE // 2
@@ -95,15 +102,16 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def fingerprint(frames: Iterable[Image.Image | np.ndarray]) -> Fingerprint:
+def fingerprint(frames: Iterable[Image.Image | np.ndarray], encoded: bytes | None = None) -> Fingerprint:
     """The fingerprint of an image (one frame) or a clip (all its frames), as it is to be stored.
 
-    Frames are upright, RGB (or RGBA), of the stored size, before any lossy encoding.
+    Frames are upright, RGB (or RGBA), of the stored size, before any lossy encoding. For ``encoded`` see
+    ``Fingerprinter``.
 
     Raises:
         ValueError: there is no frame.
     """
-    taken = Fingerprinter()
+    taken = Fingerprinter(encoded)
     for frame in frames:
         taken.add(frame)
     return taken.result()

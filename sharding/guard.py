@@ -93,7 +93,8 @@ class Guard:
         decoder: ``"package.module:Class"`` of a ``guarded.Decoder``, imported in the child only.
         settings: keyword arguments of that class, as JSON holds them.
         timeout_s: CPU seconds for one header or one part.
-        memory_mb: private memory of the child (RLIMIT_DATA), what it holds of waiting inputs included.
+        memory_mb: private memory of the child (RLIMIT_DATA) beyond that of its libraries, what it holds of waiting
+            inputs included.
     """
 
     def __init__(self, decoder: str, settings: dict[str, Any], *, timeout_s: float, memory_mb: float) -> None:

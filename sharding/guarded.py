@@ -94,6 +94,9 @@ def _be_first_to_go() -> None:
 
 
 def _limit_memory(limit: int) -> None:
+    """Of what is allocated from now on: libraries are not counted."""
+    data_and_stack = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limit += data_and_stack
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

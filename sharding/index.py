@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -46,7 +46,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # address the media came from
         pa.field("caption_words", pa.int32()),  # of the first caption, between white space
         pa.field("phash", pa.uint64()),  # perceptual hash of what is stored (sharding/fingerprint.py)
-        pa.field("pixels", pa.string()),  # digest of its pixels before they were encoded
+        pa.field("pixels", pa.string()),  # digest of its pixels (sharding/fingerprint.py)
         pa.field("score", pa.float32()),  # image-text score, where a scorer was asked
     ]
 )
@@ -83,7 +83,7 @@ class IndexRow:
 
 def index_table(rows: Sequence[IndexRow]) -> pa.Table:
     """The rows as an Arrow table of ``INDEX_SCHEMA``."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=INDEX_SCHEMA)
+    return pa.Table.from_pylist([vars(row) for row in rows], schema=INDEX_SCHEMA)
 
 
 def write_index(index: pa.Table | Sequence[IndexRow]) -> bytes:

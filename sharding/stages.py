@@ -18,6 +18,7 @@ it writes a few small pictures (``sharding/contact.py``) for the closing report 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from sharding.scoring import ScorerFactory, Scoring
 from sharding.sources import open_fetcher
 from sharding.sources.fetch import public_address
 from sharding.storage import Storage
-from sharding.writer import ShardWriter, copy_without, publish
+from sharding.writer import ShardWriter, copy_without, publish, send
 
 WORK = "work"
 _STAGED = f"{WORK}/staged"
@@ -278,10 +279,17 @@ def _read_staged_index(dataset: Storage, task: int) -> pa.Table:
 
 
 def _without(dataset: Storage, task: int, staged: ShardRecord, tar: str, copies: set[int]) -> ShardRecord:
-    rows = [IndexRow(**row) for row in _read_staged_index(dataset, task).to_pylist()]
+    """Publish the staged shard without some rows; as it is where there are none to leave out."""
+    index = dataset.read_bytes(_staged_index(task))
+    if hashlib.sha256(index).hexdigest() != staged.index_sha256:
+        raise BadData("index-mismatch", f"{dataset.url_of(_staged_index(task))} was changed or damaged")
     with tempfile.TemporaryDirectory(prefix="glscl-prepare-") as folder:
         source = Path(folder) / "staged.tar"
         dataset.download(tar, source, size=staged.bytes, sha256=staged.sha256)
+        if not copies:
+            send(source, index, staged, dataset, shard_name(task))
+            return staged
+        rows = [IndexRow(**row) for row in read_index(index).to_pylist()]
         with ShardWriter(Path(folder) / "shard.tar") as writer, source.open("rb") as file:
             copy_without(file, rows, copies, writer)
         return publish(writer, dataset, shard_name(task))

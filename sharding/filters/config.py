@@ -277,8 +277,8 @@ class BlockedWordsFilter(FilterBlock):
 
 
 class DuplicatesFilter(FilterBlock):
-    """Media equal to those of an earlier sample: equal files (``bytes``), or equal pixels as stored, before they
-    are encoded (``pixels``: other file formats and metadata do not matter). The first in input order stays.
+    """Media equal to those of an earlier sample: equal files (``bytes``), or equal pixels as they are stored
+    (``pixels``: other file formats and metadata do not matter). The first in input order stays.
     """
 
     level: ClassVar[Level] = "corpus"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media.config import FramesConfig, ImageConfig
-from sharding.media.images import resized, shrunk, store_image
+from sharding.media.images import resized, resized_pixels, shrunk, store_image
 from sharding.media.info import Encoded
 from sharding.media.untrusted import decoding
 from sharding.media.video import (
@@ -70,8 +70,9 @@ def _images(data: bytes, config: FramesConfig, max_pixels: int) -> Iterator[Imag
         seconds = [(time - packets.times[0]) * unit for time in packets.times]
         wanted = [packets.times[place] for place in _shown_at(seconds, config)]
         for frame in frames_at(container, stream, packets, wanted):
-            image = Image.fromarray(upright(frame))
-            yield resized(image, square_size(image.size, pixel_ratio(stream, quarter_turns(frame))))
+            pixels = upright(frame)
+            size = square_size(pixels.shape[1::-1], pixel_ratio(stream, quarter_turns(frame)))
+            yield Image.fromarray(resized_pixels(pixels, size))
 
 
 def _animated(data: bytes, config: FramesConfig, max_pixels: int) -> Iterator[Image.Image]:

@@ -32,7 +32,9 @@ class MediaInfo:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``phash``: 64 bits as an unsigned int. ``pixels``: 32 hex digits (BLAKE2b) of size and pixels."""
+    """``phash``: 64 bits as an unsigned int. ``pixels``: 32 hex digits that what has equal pixels shares: SHA-256 of
+    mode, size and pixels, or of what an encoder made of them.
+    """
 
     phash: int
     pixels: str

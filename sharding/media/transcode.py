@@ -13,12 +13,11 @@ from fractions import Fraction
 from itertools import chain, islice
 
 import numpy as np
-from PIL import Image
 
 from sharding.errors import BadData
 from sharding.fingerprint import Fingerprinter
 from sharding.media.config import VideoConfig
-from sharding.media.images import resized, shrunk
+from sharding.media.images import resized_pixels, shrunk
 from sharding.media.info import Encoded, MediaInfo
 from sharding.media.untrusted import decoding
 from sharding.media.video import (
@@ -114,7 +113,7 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]
             decoded += 1
             array = upright(checked(frame))
             size = square_size(array.shape[1::-1], pixel_ratio(stream, quarter_turns(frame)))
-            yield frame.time - start, _sized(array, size)
+            yield frame.time - start, resized_pixels(array, size)
         _complete(decoded, max(expected, stream.frames))
 
 
@@ -183,7 +182,7 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfi
                 size = shrunk(array.shape[1], array.shape[0], config.resize)
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            rgb = _sized(array, (width, height))
+            rgb = resized_pixels(array, (width, height))
             taken.add(rgb)
             picture = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             picture.pts = count
@@ -193,13 +192,6 @@ def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfi
         out.mux(stream.encode(None))
     info = MediaInfo(width, height, count, float(count / fps))
     return Encoded(sink.getvalue(), "mp4", info, taken.result())
-
-
-def _sized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] at (width, height)."""
-    if array.shape[1::-1] == size:
-        return array
-    return np.asarray(resized(Image.fromarray(array), size))
 
 
 def _as_it_is(data: bytes, config: VideoConfig) -> Encoded | None:

@@ -37,6 +37,12 @@ def _again(picture: Image.Image, kind: str, quality: int) -> Image.Image:
     return Image.open(sink).convert("RGB")
 
 
+def _png(picture: Image.Image, **options: int) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG", **options)
+    return sink.getvalue()
+
+
 def test_a_recompressed_or_resized_picture_stays_near_and_another_is_far():
     pictures = _pictures(60)
     for picture in pictures:
@@ -73,9 +79,21 @@ def test_other_file_formats_of_the_same_pixels_are_the_same_picture():
         sink = io.BytesIO()
         picture.save(sink, kind)
         files.append(sink.getvalue())
-    found = {encode_image(data, ImageConfig(format="jpg", quality=80)).fingerprint for data in files}
-    assert len(found) == 1
-    assert found == {fingerprint([picture])}
+    for kind in ("jpg", "webp", "png"):
+        stored = [encode_image(data, ImageConfig(format=kind, quality=80)) for data in files]
+        assert {one.fingerprint for one in stored} == {fingerprint([picture], stored[0].data)}
+        other = encode_image(_png(_pictures(2)[1]), ImageConfig(format=kind, quality=80))
+        assert other.fingerprint != stored[0].fingerprint
+
+
+def test_files_that_are_stored_unchanged_are_known_by_their_pixels():
+    picture = _pictures(1)[0]
+    files = [_png(picture, compress_level=level) for level in (1, 9)]
+    keep = ImageConfig(format="keep")
+    stored = [encode_image(data, keep) for data in files]
+    assert [one.data for one in stored] == files
+    assert len(set(files)) == 2
+    assert {one.fingerprint for one in stored} == {fingerprint([picture])}
 
 
 def test_a_clip_is_known_again_in_another_compression_and_told_from_its_neighbours():

@@ -13,8 +13,9 @@ from PIL import Image
 from sharding.index import read_index
 from sharding.media import encode_image
 from sharding.media.config import ImageConfig
+from sharding.media.info import Encoded, MediaInfo
 from sharding.storage import open_storage
-from sharding.writer import ShardWriter, copy_without, publish
+from sharding.writer import ShardWriter, copy_without, member_info, publish
 
 
 def _picture(level: int, kind: str = "webp"):
@@ -101,3 +102,22 @@ def test_a_published_shard_is_what_its_record_says(tmp_path):
     assert record.sha256 == hashlib.sha256(tar).hexdigest()
     assert (record.index_bytes, record.index_sha256) == (len(index), hashlib.sha256(index).hexdigest())
     assert read_index(index).num_rows == 3
+
+
+def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path):
+    keys = ["000000-000000", "000000-000001-0007", f"{'folder' * 10}/{'name' * 20}"]
+    with ShardWriter(tmp_path / "shard.tar") as writer:
+        for number, key in enumerate(keys):
+            media = Encoded(bytes([number]) * (511 + number), "webp", MediaInfo(4, 3))
+            writer.add(key, media, ["ein Füller"], "0" * 64, "source")
+    tar = (tmp_path / "shard.tar").read_bytes()
+    with tarfile.open(tmp_path / "own.tar", "w", format=tarfile.USTAR_FORMAT) as own:
+        for row in writer.rows:
+            members = {
+                "json": (row.json_offset, row.json_size),
+                "txt": (row.text_offset, row.text_size),
+                "webp": (row.media_offset, row.media_size),
+            }
+            for kind, (offset, size) in members.items():
+                own.addfile(member_info(f"{row.key}.{kind}", size), io.BytesIO(tar[offset : offset + size]))
+    assert tar == (tmp_path / "own.tar").read_bytes()
