@@ -299,7 +299,10 @@ class Storage:
         return io.BufferedReader(_RangeFile(self._backend, path, self._backend.state(path)), _BLOCK)
 
     def delete(self, path: str, *, recursive: bool = False) -> None:
-        """Remove a file, or with ``recursive`` a folder and all below it. What is not there is no error."""
+        """Remove a file, or with ``recursive`` a folder and all below it. What is not there is no error.
+
+        Others may delete the same folder at the same time; what they write into it meanwhile may stay.
+        """
         if recursive:
             self._backend.delete_tree(_clean(path))
         else:

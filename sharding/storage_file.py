@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".glscl-", ".part"
 _COPY_BLOCK = 4 << 20
+_DELETE_TRIES = 10  # of a folder that others write into, or delete too
 # A file system without hard links (some network and FUSE mounts) answers a link with one of these.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 
@@ -221,8 +222,13 @@ class FileBackend:
             os.unlink(self._root / path)
 
     def delete_tree(self, path: str) -> None:
-        with self._named(path), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._root / path)
+        folder = self._root / path
+        with self._named(path):
+            for _ in range(_DELETE_TRIES):
+                shutil.rmtree(folder, onerror=_pass_over_others)
+                if not folder.exists():
+                    return
+        # Somebody goes on writing there. As in an object store, what is written meanwhile stays.
 
     @contextlib.contextmanager
     def _named(self, path: str) -> Iterator[None]:
@@ -236,3 +242,12 @@ class FileBackend:
             raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", url) from None
         except OSError as error:
             raise type(error)(error.errno, f"{url}: {error.strerror}") from None
+
+
+def _pass_over_others(function: object, path: str, raised: tuple[type, BaseException, object]) -> None:
+    """What another process removes, or adds, while a folder is being deleted does not end the deletion."""
+    error = raised[1]
+    # `rmtree` takes a folder that was deleted and made anew between two of its calls for a symbolic link.
+    made_anew = function is os.path.islink and not os.path.islink(path)
+    if not made_anew and not (isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTEMPTY)):
+        raise error

@@ -1,5 +1,6 @@
 """The promises of sharding/storage.py that hold on every kind of storage, and those of folders."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -169,6 +170,30 @@ def test_what_is_deleted_is_gone_and_deleting_nothing_is_no_error(storage):
     storage.delete("nothing", recursive=True)
     assert paths(storage) == ["B", "a+b c%20", "a-b/x", "a.txt", "é/ü#?.txt"]
     storage.delete("", recursive=True)
+    assert paths(storage) == []
+
+
+def test_a_folder_that_others_delete_and_write_meanwhile_is_deleted_without_an_error(tmp_path):
+    storage = folder(tmp_path)
+    stop = threading.Event()
+
+    def write_and_delete(number):
+        while not stop.is_set():
+            # Its folder goes as it is made.
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                storage.write_bytes(f"work/{number}/{os.urandom(2).hex()}", b"x")
+            if number % 2:
+                storage.delete("work", recursive=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(write_and_delete, number) for number in range(4)]
+        try:
+            for _ in range(200):
+                storage.delete("work", recursive=True)
+        finally:
+            stop.set()
+    assert [other.exception() for other in others] == [None] * 4
+    storage.delete("work", recursive=True)
     assert paths(storage) == []
 
 
