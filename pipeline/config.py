@@ -311,14 +311,15 @@ class JobConfig(Block):
                     f"patch_size {model.patch_size}"
                 )
         for task in self.evaluate.tasks:
-            if task.dataset not in self.datasets:
+            if task.dataset_name is not None and task.dataset_name not in self.datasets:
                 raise ValueError(
-                    f"evaluate task '{task.name}': there is no dataset '{task.dataset}'"
-                    f"{did_you_mean(task.dataset, self.datasets)}"
+                    f"evaluate task '{task.name}': there is no dataset '{task.dataset_name}'"
+                    f"{did_you_mean(task.dataset_name, self.datasets)}"
                 )
-            if task.frames > model.max_frames:
+            if task.frames_taken > model.max_frames:
                 raise ValueError(
-                    f"evaluate task '{task.name}', frames: got {task.frames} is above the model's {model.max_frames}"
+                    f"evaluate task '{task.name}', frames: got {task.frames_taken} is above the model's "
+                    f"{model.max_frames}"
                 )
         if self.evaluate.tasks and self.evaluate.concurrent > self.cluster.evaluations:
             raise ValueError(

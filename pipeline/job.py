@@ -217,8 +217,10 @@ def _dispatcher(
     return Dispatcher(
         run.storage,
         job.evaluate,
-        {task.dataset: storage.resolve(prepared[task.dataset].path) for task in job.evaluate.tasks},
+        storage,
+        {name: storage.resolve(dataset.path) for name, dataset in prepared.items()},
         tokenizer=job.model.tokenizer,
+        seed=job.seed,
         on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
         retry_failed=retry_failed,
     )

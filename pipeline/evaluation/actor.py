@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.config import TaskConfig
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome
+from pipeline.evaluation.result import TaskResult
+from pipeline.evaluation.tasks.base import TaskConfig
 from sharding.errors import BadData, BadDataLimit, StorageFault
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ class Assignment:
     checkpoint_record: dict[str, Any]
     task: TaskConfig
     version: str
-    dataset: Storage
-    dataset_digest: str
+    storage: Storage
+    dataset: Storage | None
+    data_digest: str
     tokenizer: str
+    seed: int
     attempt: int
     started: float
 
@@ -45,7 +48,7 @@ class Assignment:
             checkpoint=self.checkpoint_record,
             task=self.task.name,
             version=self.version,
-            dataset={"name": self.task.dataset, "digest": self.dataset_digest},
+            dataset={"name": self.task.dataset_name or self.task.name, "digest": self.data_digest},
             started=self.started,
             finished=time.time(),
             attempt=self.attempt,
@@ -62,7 +65,7 @@ class Failure:
     permanent: bool
 
 
-RunnerFactory = Callable[[], Callable[[Assignment], Mapping[str, float]]]
+RunnerFactory = Callable[[], Callable[[Assignment], TaskResult]]
 
 
 class EvaluationActor:
@@ -88,8 +91,8 @@ class EvaluationActor:
     def evaluate(self, assignment: Assignment) -> Outcome | Failure:
         """Runs one attempt. Every error is an answer: the caller decides whether it is tried again."""
         try:
-            metrics = self._evaluate(assignment)
-            return Ledger(assignment.run).finish(assignment.outcome(metrics))
+            result = self._evaluate(assignment)
+            return Ledger(assignment.run).finish(assignment.outcome(result.metrics))
         except Exception as error:  # noqa: BLE001 - whatever fails is recorded with its cause, and reported
             # Broken data and the user's mistakes (ValueError) are there at the next attempt too.
             permanent = isinstance(error, BadData | BadDataLimit | ValueError | NotImplementedError)

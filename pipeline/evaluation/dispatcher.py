@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.evaluation.actor import Assignment, EvaluationActor, Failure, RunnerFactory
-from pipeline.evaluation.config import EvaluateConfig, TaskConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.ledger import (
     EvaluationKey,
     EvaluationState,
@@ -29,8 +29,8 @@ from pipeline.evaluation.ledger import (
     checkpoint_record,
 )
 from pipeline.evaluation.runner import Runner
+from pipeline.evaluation.tasks.base import TaskConfig
 from sharding.errors import BadData, StorageFault
-from sharding.manifest import load_manifest
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Checkpoint
@@ -70,8 +70,10 @@ class Dispatcher:
     Args:
         run: the run's folder in storage.
         config: the tasks, and the limits.
-        datasets: the prepared datasets that the tasks name.
+        storage: the job's; addresses in the tasks' blocks are resolved against it.
+        datasets: the job's prepared datasets by name.
         tokenizer: see :meth:`model.GLSCLProcessor.from_config`.
+        seed: of the run.
         on_result: told each outcome, done or given up, and at the start all earlier ones; called from the
             dispatcher's thread, must not block for long.
         retry_failed: try what was given up in an earlier life once more.
@@ -84,9 +86,11 @@ class Dispatcher:
         self,
         run: Storage,
         config: EvaluateConfig,
+        storage: Storage,
         datasets: Mapping[str, Storage],
         *,
         tokenizer: str = "builtin",
+        seed: int = 0,
         on_result: Callable[[Outcome], None] = lambda outcome: None,
         retry_failed: bool = False,
         runner: RunnerFactory = Runner,
@@ -97,10 +101,11 @@ class Dispatcher:
             from pipeline.training.checkpoints import list_checkpoints
 
             checkpoints = list_checkpoints
-        self._run, self._config, self._datasets = run, config, datasets
+        self._run, self._config, self._storage, self._datasets = run, config, storage, datasets
+        self._seed = seed
         self._tokenizer, self._on_result, self._runner = tokenizer, on_result, runner
         self._list, self._poll_s = checkpoints, poll_s
-        self._digests = {task.dataset: load_manifest(datasets[task.dataset]).digest for task in config.tasks}
+        self._digests = {task.name: task.data_digest(storage, datasets) for task in config.tasks}
         self._ledger = Ledger(run)
         if retry_failed:
             self._ledger.retry_failed()
@@ -193,7 +198,7 @@ class Dispatcher:
     # What is to do.
 
     def _version(self, task: TaskConfig) -> str:
-        return task.version(self._digests[task.dataset])
+        return task.version(self._digests[task.name])
 
     def _key(self, checkpoint: Checkpoint, task: TaskConfig) -> EvaluationKey:
         return EvaluationKey(checkpoint.digest[:16], task.name, self._version(task))
@@ -348,9 +353,11 @@ class Dispatcher:
             checkpoint_record=checkpoint_record(checkpoint),
             task=task,
             version=key.version,
-            dataset=self._datasets[task.dataset],
-            dataset_digest=self._digests[task.dataset],
+            storage=self._storage,
+            dataset=None if task.dataset_name is None else self._datasets[task.dataset_name],
+            data_digest=self._digests[task.name],
             tokenizer=self._tokenizer,
+            seed=self._seed,
             attempt=attempt,
             started=time.time(),
         )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.evaluation.tasks.base import TaskContext
+from pipeline.evaluation.tasks.registry import evaluator
 from sharding.manifest import load_manifest
 
 if TYPE_CHECKING:
-    from model import GLSCLForPreTraining, GLSCLProcessor
+    from model import GLSCLForPreTraining
     from pipeline.evaluation.actor import Assignment
-    from pipeline.evaluation.config import TaskConfig
+    from pipeline.evaluation.result import TaskResult
     from pipeline.training.checkpoints import Checkpoint
-    from sharding.reader import ShardReader
     from sharding.storage import Storage
 
 
@@ -36,8 +36,8 @@ class Runner:
         self._digest = ""
         self._model: GLSCLForPreTraining | None = None
 
-    def __call__(self, assignment: Assignment) -> Mapping[str, float]:
-        """The metrics of the task.
+    def __call__(self, assignment: Assignment) -> TaskResult:
+        """What the task finds.
 
         Raises:
             BadData: the checkpoint's files are not those that were committed.
@@ -53,8 +53,10 @@ class Runner:
             config = copy.deepcopy(config)
             config.image_size = assignment.task.resolution
         processor = GLSCLProcessor.from_config(config, assignment.tokenizer)
-        reader = ShardReader(assignment.dataset, load_manifest(assignment.dataset))
-        return run_task(model, processor, reader, assignment.task)
+        dataset = assignment.dataset
+        reader = None if dataset is None else ShardReader(dataset, load_manifest(dataset))
+        context = TaskContext(model, processor, assignment.storage, reader, assignment.seed)
+        return evaluator(assignment.task.kind)(context, assignment.task)
 
     def _load(self, run: Storage, checkpoint: Checkpoint) -> GLSCLForPreTraining:
         if self._model is None or self._digest != checkpoint.digest:
@@ -67,13 +69,3 @@ class Runner:
                 model = GLSCLForPreTraining.from_pretrained(weights)
             self._model, self._digest = model.to(self._device).eval(), checkpoint.digest
         return self._model
-
-
-def run_task(
-    model: GLSCLForPreTraining, processor: GLSCLProcessor, reader: ShardReader, task: TaskConfig
-) -> Mapping[str, float]:
-    """Runs ``task.kind``; the home of further kinds."""
-    from pipeline.evaluation.tasks import retrieval
-
-    kinds = {"retrieval": retrieval.evaluate}
-    return kinds[task.kind](model, processor, reader, task)

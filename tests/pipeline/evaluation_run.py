@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.evaluation.actor import Assignment
-from pipeline.evaluation.config import EvaluateConfig, TaskConfig
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.result import Family, Measured, TaskResult
+from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
 from pipeline.training.checkpoints import Checkpoint
 from sharding.manifest import Counts, Manifest
 from sharding.storage import Storage, open_storage
@@ -19,6 +23,7 @@ from sharding.storage import Storage, open_storage
 class EvaluationRun:
     """``steps`` may be changed by a test: the list of committed checkpoints."""
 
+    root: Storage
     run: Storage
     dataset: Storage
     steps: list[int]
@@ -33,7 +38,7 @@ class EvaluationRun:
         return Checkpoint(step, step // 21, f"checkpoints/step-{step:08d}", digest, record)
 
     def config(self, *names: str, **options: object) -> EvaluateConfig:
-        tasks = [TaskConfig(name=name, dataset="pairs") for name in names or ("retrieval",)]
+        tasks = [RetrievalTask(name=name, dataset="pairs") for name in names or ("retrieval",)]
         return EvaluateConfig.model_validate({"tasks": tasks, **options})
 
 
@@ -50,7 +55,7 @@ def make_run(folder: Path, steps: list[int]) -> EvaluationRun:
         counts=Counts(),
     )
     root.write_json("datasets/pairs/manifest.json", manifest.model_dump(mode="json"))
-    return EvaluationRun(root.at("runs/one"), root.at("datasets/pairs"), steps)
+    return EvaluationRun(root, root.at("runs/one"), root.at("datasets/pairs"), steps)
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,21 @@ class Script:
     notes: Path
     steps: Mapping[int, str]
 
-    def __call__(self) -> Callable[[Assignment], Mapping[str, float]]:
+    def __call__(self) -> Callable[[Assignment], TaskResult]:
         return self.evaluate
 
-    def evaluate(self, assignment: Assignment) -> Mapping[str, float]:
+    def evaluate(self, assignment: Assignment) -> TaskResult:
         step = assignment.checkpoint.step
         earlier = self.attempts().count((assignment.task.name, step))
         with self.notes.open("a") as file:
             file.write(f"{assignment.task.name} {step}\n")
         for action in self.steps.get(step, "").split():
             act(action, earlier)
-        return {"t2i_R10": step / 100, "i2t_R10": step / 200, "t2i_chance_R10": 0.04}
+        metrics = {
+            name: Measured(np.full(4, value))
+            for name, value in (("t2i_R10", step / 100), ("i2t_R10", step / 200))
+        }
+        return TaskResult([Family("pairs", list("abcd"), metrics)], facts={"t2i_chance_R10": 0.04})
 
     def attempts(self) -> list[tuple[str, int]]:
         """(task, step) of every attempt so far."""

@@ -35,6 +35,7 @@ def dispatcher(run: EvaluationRun, script: Script, *names: str, **options: Any) 
     return Dispatcher(
         run.run,
         run.config(*names, **options),
+        run.root,
         {"pairs": run.dataset},
         runner=script,
         checkpoints=run.checkpoints,
@@ -214,7 +215,7 @@ def test_a_run_without_tasks_has_nothing_to_wait_for(
     run: EvaluationRun, script: Callable[..., Script]
 ) -> None:
     config = run.config().model_copy(update={"tasks": []})
-    one = Dispatcher(run.run, config, {}, runner=script(), checkpoints=run.checkpoints)
+    one = Dispatcher(run.run, config, run.root, {}, runner=script(), checkpoints=run.checkpoints)
     one.start()
     assert one.wait(10)
     one.stop()

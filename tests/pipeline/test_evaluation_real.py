@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from model import GLSCLConfig, GLSCLForPreTraining
-from pipeline.evaluation.config import EvaluateConfig, TaskConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.dispatcher import Dispatcher
+from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
 from pipeline.tracking import Tracker, TrackingConfig
 from pipeline.tracking.connection import connect
 from pipeline.training.checkpoints import FORMAT, _digest, list_checkpoints
@@ -63,10 +64,11 @@ def test_real_checkpoints_are_evaluated_and_a_flipped_byte_is_marked_failed(
         run,
         EvaluateConfig(
             tasks=[
-                TaskConfig(name="images", dataset="stills", rerank=3, batch_size=4),
-                TaskConfig(name="videos", dataset="clips", frames=2, rerank=2),
+                RetrievalTask(name="images", dataset="stills", rerank=3, batch_size=4),
+                RetrievalTask(name="videos", dataset="clips", frames=2, rerank=2),
             ]
         ),
+        run,
         datasets,
         on_result=lambda outcome: tracker.evaluation(outcome.entry(run)),
         poll_s=0.2,

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLProcessor
-from pipeline.evaluation.config import TaskConfig
-from pipeline.evaluation.tasks import retrieval
-from pipeline.evaluation.tasks.ranking import chance, ranks_of, recall, reranked, shortlist
+from pipeline.evaluation.tasks.base import TaskContext
+from pipeline.evaluation.tasks.retrieval import task as retrieval
+from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
+from pipeline.evaluation.tasks.retrieval.ranking import chance, ranks_of, recall, reranked, shortlist
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.reader import RawSample
+from sharding.storage import open_storage
 
 TIE = 1e-6
 
@@ -80,7 +82,7 @@ def test_chance_is_what_random_ranks_give() -> None:
 
 
 def test_recall_counts_shares() -> None:
-    metrics = recall(torch.tensor([1, 2, 6, 11]), "t2i")
+    metrics = {name: one.value for name, one in recall(torch.tensor([1, 2, 6, 11]), "t2i").items()}
     assert metrics == {"t2i_R1": 0.25, "t2i_R5": 0.5, "t2i_R10": 0.75, "t2i_median_rank": 4.0}
 
 
@@ -145,7 +147,8 @@ def processor(model: GLSCLForPreTraining) -> GLSCLProcessor:
 
 def run(model: Any, processor: Any, reader: MemoryReader, **options: Any) -> dict[str, float]:
     options = {"name": "t", "dataset": "d", "rerank": 4, **options}
-    return retrieval.evaluate(model, processor, cast(Any, reader), TaskConfig(**options))
+    context = TaskContext(model, processor, open_storage("/nowhere"), cast(Any, reader), seed=0)
+    return retrieval.evaluate(context, RetrievalTask(**options)).metrics
 
 
 def pair_at_a_time(
@@ -176,7 +179,8 @@ def pair_at_a_time(
             listed = s[q].argsort(descending=True)[:k]
             on_list = positive[q][listed].tolist()
             second.append(plain_rank(m[q][listed].tolist(), on_list) if any(on_list) else rank)
-        metrics |= recall(torch.tensor(first), prefix) | recall(torch.tensor(second), f"{prefix}_rerank")
+        measured = recall(torch.tensor(first), prefix) | recall(torch.tensor(second), f"{prefix}_rerank")
+        metrics |= {name: one.value for name, one in measured.items()}
     return metrics
 
 
@@ -253,7 +257,7 @@ def test_clips_are_searched_by_their_frames(
 
 
 def test_the_version_of_a_task_changes_with_what_changes_its_numbers() -> None:
-    task = TaskConfig(name="a", dataset="d")
+    task = RetrievalTask(name="a", dataset="d")
     assert task.version("x") == task.model_copy(update={"batch_size": 3, "name": "b"}).version("x")
     assert task.version("x") != task.version("y")
     assert task.version("x") != task.model_copy(update={"limit": 10}).version("x")

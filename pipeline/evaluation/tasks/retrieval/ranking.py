@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.result import Measured
+
 #: Cosine similarities nearer than this are equal: fp32 sums in another order differ by about 1e-7.
 ITC_TIE = 1e-6
 #: The same for log-odds of the matching head, which are of the order of 1 to 10.
@@ -48,12 +50,11 @@ def reranked(ranks: Tensor, scores: Tensor, positive: Tensor, tie: float) -> Ten
     return torch.where(positive.any(dim=1), ranks_of(scores, positive, tie), ranks)
 
 
-def recall(ranks: Tensor, prefix: str) -> dict[str, float]:
+def recall(ranks: Tensor, prefix: str) -> dict[str, Measured]:
     """``{prefix}_R1``, ``_R5``, ``_R10`` as shares of 1, and ``{prefix}_median_rank``, of ranks [Q]."""
-    values = ranks.double().cpu()
-    metrics = {f"{prefix}_R{k}": float((values <= k).double().mean()) for k in RECALLS}
-    metrics[f"{prefix}_median_rank"] = float(np.median(values.numpy()))
-    return metrics
+    values = ranks.cpu().numpy().astype(np.float64)
+    metrics = {f"{prefix}_R{k}": Measured((values <= k).astype(np.float64)) for k in RECALLS}
+    return metrics | {f"{prefix}_median_rank": Measured(values, "median")}
 
 
 def chance(positives: Tensor, candidates: int, k: int = 10) -> float:

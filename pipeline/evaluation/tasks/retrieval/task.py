@@ -21,33 +21,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.config import TaskConfig
-from pipeline.evaluation.tasks.ranking import ITC_TIE, ITM_TIE, chance, ranks_of, recall, reranked, shortlist
+from pipeline.evaluation.result import Family, TaskResult
+from pipeline.evaluation.tasks.base import TaskContext
+from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
+from pipeline.evaluation.tasks.retrieval.ranking import (
+    ITC_TIE,
+    ITM_TIE,
+    chance,
+    ranks_of,
+    recall,
+    reranked,
+    shortlist,
+)
 from sharding.decoding import decode_image
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.media import decode_video
 
 if TYPE_CHECKING:
-    from model import GLSCLForPreTraining, GLSCLProcessor
-    from sharding.reader import RawSample, ShardReader
+    from sharding.reader import RawSample
 
 log = logging.getLogger("pipeline.evaluation")
 
 _SCORES = 8_000_000  # similarities in one block: 32 MB
 
 
-def evaluate(
-    model: GLSCLForPreTraining, processor: GLSCLProcessor, reader: ShardReader, task: TaskConfig
-) -> dict[str, float]:
+def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
     """Recall both ways.
 
     Args:
-        model: in evaluation mode, on the device to use.
-        processor: at the resolution to use.
-        reader: of the held-out pairs; its manifest says whether they are images or videos.
-        task: see :class:`TaskConfig`.
+        context: its reader is of the held-out pairs; the manifest says whether they are images or videos.
+        task: see :class:`RetrievalTask`.
 
     Returns:
+        families ``t2i`` (an item is a caption) and ``i2t`` (a picture), with
         ``t2i_R1``, ``_R5``, ``_R10`` (captions asking for pictures; shares of 1), ``t2i_median_rank``, the
         same with ``i2t_`` (pictures asking for captions); with ``t2i_rerank_`` and ``i2t_rerank_`` after
         the matching head has re-ranked the shortlist; ``t2i_chance_R10`` and ``i2t_chance_R10`` of random
@@ -58,26 +64,35 @@ def evaluate(
         UserError: fewer than two samples.
     """
     with torch.inference_mode():
-        gallery = _Gallery(model, processor, reader, task)
+        gallery = _Gallery(context, task)
         gallery.embed()
         owner = torch.tensor(gallery.owner)
         images, texts = gallery.image_embeddings, gallery.text_embeddings
         numbers = torch.arange(len(images))
         to_images = _search(texts, images, owner, numbers, task.rerank)
         to_texts = _search(images, texts, numbers, owner, task.rerank)
-        metrics = recall(to_images.ranks, "t2i") | recall(to_texts.ranks, "i2t")
+        by_text, by_image = recall(to_images.ranks, "t2i"), recall(to_texts.ranks, "i2t")
         if task.rerank:
             pairs = _score_pairs(gallery, to_images.shortlist, to_texts.shortlist)
-            metrics |= recall(_rerank(to_images, pairs.to_images, owner, numbers), "t2i_rerank")
-            metrics |= recall(_rerank(to_texts, pairs.to_texts, numbers, owner), "i2t_rerank")
+            by_text |= recall(_rerank(to_images, pairs.to_images, owner, numbers), "t2i_rerank")
+            by_image |= recall(_rerank(to_texts, pairs.to_texts, numbers, owner), "i2t_rerank")
     captions = torch.bincount(owner, minlength=len(images))
-    return metrics | {
-        "t2i_chance_R10": chance(torch.ones(len(texts)), len(images)),
-        "i2t_chance_R10": chance(captions, len(texts)),
-        "candidates_images": float(len(images)),
-        "candidates_texts": float(len(texts)),
-        "skipped": float(sum(gallery.skipped.values())),
-    }
+    owners = [gallery.keys[image] for image in gallery.owner]
+    first = torch.cat([torch.zeros(1, dtype=torch.long), captions.cumsum(0)]).tolist()
+    names = [
+        f"{key}#{number - first[image]}"
+        for number, (key, image) in enumerate(zip(owners, gallery.owner, strict=True))
+    ]
+    return TaskResult(
+        families=[Family("t2i", names, by_text, owners), Family("i2t", gallery.keys, by_image)],
+        facts={
+            "t2i_chance_R10": chance(torch.ones(len(texts)), len(images)),
+            "i2t_chance_R10": chance(captions, len(texts)),
+            "candidates_images": float(len(images)),
+            "candidates_texts": float(len(texts)),
+            "skipped": float(sum(gallery.skipped.values())),
+        },
+    )
 
 
 class _Found(NamedTuple):
@@ -168,17 +183,17 @@ class _StateCache:
 class _Gallery:
     """The pictures and captions of a data set, encoded in blocks of ``task.batch_size``."""
 
-    def __init__(
-        self, model: GLSCLForPreTraining, processor: GLSCLProcessor, reader: ShardReader, task: TaskConfig
-    ) -> None:
+    def __init__(self, context: TaskContext, task: RetrievalTask) -> None:
+        assert context.reader is not None
         self.task = task
-        self._model, self._processor, self._reader = model, processor, reader
-        self._device = next(model.parameters()).device
-        self._video = reader.manifest.modality == "video"
+        self._model, self._processor, self._reader = context.model, context.processor, context.reader
+        self._device = next(self._model.parameters()).device
+        self._video = self._reader.manifest.modality == "video"
         self._frames = task.frames if self._video else 1
         self._cache = _StateCache(task.cache_mb * 2**20)
         self._where: list[tuple[int, int]] = []  # (shard, row) of each picture
         self._captions: list[str] = []
+        self.keys: list[str] = []  # of each picture
         self.owner: list[int] = []  # the picture of each caption
         self.skipped: Counter[str] = Counter()
         self.image_embeddings = torch.empty(0)
@@ -240,6 +255,7 @@ class _Gallery:
                 self.owner.extend([len(self._where)] * len(sample.captions))
                 self._captions.extend(sample.captions)
                 self._where.append((shard, row))
+                self.keys.append(sample.key)
                 yield pixels
 
     def _pass_over(self, error: BadData, total: int) -> None:

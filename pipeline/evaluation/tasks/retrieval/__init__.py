@@ -1,0 +1,1 @@
+"""Zero-shot retrieval between captions and pictures or clips."""
