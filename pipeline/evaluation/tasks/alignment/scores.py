@@ -5,6 +5,7 @@ Shape legend: gh and gw the rows and columns of patches; regions are [height, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,13 +120,15 @@ def share(attention: Tensor, where: np.ndarray) -> Share:
     """sum(map x region) / sum(map) of ``attention`` [gh, gw] and a region bool [height, width].
 
     The region is resized to the patches by bicubic interpolation at their centres, without antialiasing, and not
-    clamped: what torchvision 0.12, which the benchmark's authors name, does to a tensor.
+    clamped: what torchvision 0.12, which the benchmark's authors name, does to a tensor. Attention that is no number
+    scores 0.
     """
     attention = attention.double()
     rows, columns = attention.shape
     fine = torch.from_numpy(where).double()[None, None]
     coarse = F.interpolate(fine, size=(rows, columns), mode="bicubic", align_corners=False)[0, 0]
-    return Share(float((attention * coarse).sum() / attention.sum()), float(coarse.mean()))
+    value = float((attention * coarse).sum() / attention.sum())
+    return Share(value if math.isfinite(value) else 0.0, float(coarse.mean()))
 
 
 def words_of(phrase: Phrase, maps: WordMaps) -> list[int]:
