@@ -12,7 +12,7 @@ from sharding.seeds import generator
 _COLORS: dict[str, tuple[int, int, int]] = {
     "black": (38, 38, 42), "white": (244, 244, 242), "gray": (150, 151, 153), "red": (205, 50, 50),
     "orange": (240, 150, 60), "yellow": (242, 216, 80), "green": (112, 186, 106), "blue": (106, 160, 226),
-    "purple": (158, 108, 206), "pink": (243, 160, 196), "brown": (140, 96, 60),
+    "purple": (158, 108, 206), "pink": (238, 146, 188), "brown": (140, 96, 60),
 }  # fmt: skip
 _SHADE = {"plain": 0.0, "shaded": 0.09, "cloudy": 0.09, "striped": 0.075, "dotted": 0.075, "checkered": 0.06}
 
@@ -20,11 +20,12 @@ _SHADE = {"plain": 0.0, "shaded": 0.09, "cloudy": 0.09, "striped": 0.075, "dotte
 def draw_background(background: Background, width: int, height: int) -> np.ndarray:
     """uint8 [H, W, 3]."""
     rng = generator(background.seed)
-    base = np.array(_COLORS[background.color], np.float32) * np.float32(rng.uniform(0.96, 1.03))
+    base = np.array(_COLORS[background.color], np.float32)
+    if background.color != "white":
+        base *= np.float32(rng.uniform(0.96, 1.03))
     shade = _PATTERNS[background.pattern](width, height, rng) * np.float32(_SHADE[background.pattern])
-    # White and black cannot be brighter or darker: their patterns go one way only.
     if background.color == "white":
-        shade = -np.abs(shade - shade.max())
+        shade = (shade - shade.max()) / 2  # nothing is brighter, and much darker is grey
     shaded = base * (1 + shade[..., None])
     return np.clip(np.rint(shaded), 0, 255).astype(np.uint8)
 

@@ -103,6 +103,12 @@ class Vocabulary:
         # Beside a pair of the split, one of train will do.
         self._beside = (own | pairs_of("train", draws, rules.held_out)) & clear
         self._rows = {kind: row for row, kind in enumerate(self.kinds)}
+        trained = (pairs_of("train", draws, rules.held_out) & clear).any(1)
+        if not trained.all():
+            raise UserError(
+                f"no other object may stand beside {names[int(np.argmin(trained))]!r} in the split 'train': "
+                "take more objects, a smaller held_out, or another split_seed"
+            )
         #: The kinds that come first in a scene: all that have a partner.
         self.mains = [kind for kind, some in zip(self.kinds, self._pairs.any(1), strict=True) if some]
         if not self.mains:

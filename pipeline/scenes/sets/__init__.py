@@ -17,8 +17,8 @@ from sharding.scenes.config import Split
 from sharding.scenes.generator import Scenes
 from sharding.scenes.scene import Scene
 
-# With so many numbers tried for each scene wanted, there are no more different ones.
-_TRIES = 50
+# After so many scenes in a row that came before, there are hardly any others.
+_SEEN_IN_A_ROW = 500
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,28 @@ def writer_of(task: Task) -> Writer:
     return writers[task]
 
 
-def different(
-    part: Part, make: Callable[[int], Scene], apart: Callable[[str], str] = str
-) -> Iterator[tuple[Scene, list[Caption]]]:
+def different(part: Part, make: Callable[[int], Scene]) -> Iterator[tuple[Scene, list[Caption]]]:
     """The first ``part.count`` scenes of which no two have the same full caption, with their captions.
 
     Retrieval asks for the one image that a caption belongs to: it must not fit another as well.
-
-    Args:
-        apart: of a full caption what must differ.
 
     Raises:
         UserError: there are not as many.
     """
     seen: set[str] = set()
-    for number in range(_TRIES * part.count):
+    number = in_a_row = 0
+    while len(seen) < part.count:
         scene = make(number)
-        found = part.scenes.captions(scene)
-        text = apart(found[0].text)
-        if text in seen:
+        captions = part.scenes.captions(scene)
+        number += 1
+        if captions[0].text not in seen:
+            in_a_row = 0
+            seen.add(captions[0].text)
+            yield scene, captions
             continue
-        seen.add(text)
-        yield scene, found
-        if len(seen) == part.count:
-            return
-    raise UserError(
-        f"only {len(seen)} of the {part.count} scenes of split {part.split} that were asked for are different: "
-        "ask for fewer, or take more objects"
-    )
+        in_a_row += 1
+        if in_a_row == _SEEN_IN_A_ROW:
+            raise UserError(
+                f"only {len(seen)} of the {part.count} scenes of split {part.split} that were asked for are "
+                "different: ask for fewer, or take more objects"
+            )
