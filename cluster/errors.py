@@ -22,3 +22,7 @@ class WorkerGroupError(RuntimeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class WorkersStopped(RuntimeError):
+    """Somebody asked for the workers' end, and they are gone."""

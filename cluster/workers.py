@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import ClusterConfig
-from cluster.errors import WorkerGroupError
+from cluster.errors import WorkerGroupError, WorkersStopped
 from cluster.resources import check_resources
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _LOOPBACK = "127.0.0.1"
 _TRACEBACK_LINES = 30
 _POLL_S = 1.0  # how often Ray looks after the workers
+_STOP_POLL_S = 0.2  # how often it is looked whether they are to end
 _NOISE_WAIT_S = 5.0  # for Ray to notice the death behind a reset connection, so that it is the one named
 _START_FAILURES = 10  # a group that could not be started (60 s each where resources are missing)
 
@@ -72,6 +74,7 @@ def run_workers(
     max_failures: int,
     scratch: Path,
     no_retry: tuple[type[BaseException], ...] = (ValueError,),
+    stop: threading.Event | None = None,
 ) -> None:
     """Calls ``function(context, argument)`` in ``workers`` processes and returns when all have returned.
 
@@ -85,10 +88,12 @@ def run_workers(
         scratch: a folder for Ray Train's own notes; nothing in it outlives its use.
         no_retry: exceptions of the function that are raised here with their type and message, the worker's
             traceback as ``__cause__``.
+        stop: whoever sets it ends the workers where they are, as SIGKILL does; to be called from the main thread.
 
     Raises:
         ClusterError: the cluster cannot hold the workers.
         WorkerGroupError: the function raised anything else, or workers died too often.
+        WorkersStopped: ``stop`` was set before the function had returned everywhere.
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
     """
     check_resources(config, workers)
@@ -109,11 +114,34 @@ def run_workers(
             callbacks=[_EndOnError()],
         ),
     )
-    with _quiet_ray_train():
-        _fit(trainer, max_failures)
+    asked = stop or threading.Event()
+    with _quiet_ray_train(), _end_when(asked, trainer):
+        _fit(trainer, max_failures, asked)
 
 
-def _fit(trainer: _Trainer, max_failures: int) -> None:
+@contextmanager
+def _end_when(asked: threading.Event, trainer: _Trainer) -> Iterator[None]:
+    """Kills the controller once ``asked`` is set; the workers are its own and go with it."""
+    import ray
+
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(_STOP_POLL_S):
+            if asked.is_set() and trainer.controller is not None:
+                ray.kill(trainer.controller)
+                return
+
+    thread = threading.Thread(target=kill, name="stop-workers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
     import ray
     from ray.train import ControllerError, TrainingFailedError
     from ray.train import WorkerGroupError as RayWorkerGroupError
@@ -124,6 +152,10 @@ def _fit(trainer: _Trainer, max_failures: int) -> None:
         if trainer.controller is not None:
             ray.kill(trainer.controller)  # the workers are its own and go with it
         raise
+    except ray.exceptions.RayActorError as error:
+        if asked.is_set():
+            raise WorkersStopped("the workers were stopped") from None
+        raise WorkerGroupError(f"Ray's controller of the workers died: {_first_line(error)}") from error
     except ControllerError as error:
         failure = error.controller_failure
         if not isinstance(failure, _FunctionFailed):

@@ -91,14 +91,42 @@ def run(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def evaluate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Evaluate the checkpoints of a job's run that are not evaluated yet.
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="The job's YAML file, or its run (`.../runs/NAME`): a path, `file://` or `s3://`.",
+            metavar="RUN_OR_JOB",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Only these tasks, e.g. `images,clips`. Default: all.", show_default=False),
+    ] = None,
+    missing: Annotated[
+        bool,
+        typer.Option(
+            "--missing",
+            help="Every checkpoint without a result of a task as it is now, not those alone that the job says: after "
+            "a task was changed or added.",
+        ),
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Evaluate the checkpoints of a run that are not evaluated yet, and those whose evaluation failed.
 
-    Example: `glscl evaluate job.yaml --set evaluate.concurrent=4`
+    A run's address is enough: it knows its job as it was when it last began.
+
+    Example: `glscl evaluate s3://bucket/runs/demo --tasks images --missing`
     """
     from pipeline.job import evaluate_job
+    from pipeline.runs import load_run_job
 
-    evaluate_job(_load(job, overrides), console())
+    is_file = target.endswith((".yaml", ".yml")) or Path(target).is_file()
+    config = _load(Path(target), overrides) if is_file else load_run_job(target, overrides)
+    names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    evaluate_job(config, console(), tasks=names, missing=missing)
 
 
 @app.command()
@@ -348,7 +376,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
-    from pipeline.errors import NonFiniteLoss
+    from pipeline.errors import NonFiniteLoss, Regressed
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -364,7 +392,9 @@ def main() -> None:
         app()
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
-    except (BadData, BadDataLimit, NonFiniteLoss, StorageFault, TaskFailed, WorkerGroupError) as error:
+    except (
+        *(BadData, BadDataLimit, NonFiniteLoss, Regressed, StorageFault, TaskFailed, WorkerGroupError),
+    ) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)

@@ -376,13 +376,13 @@ def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobConfi
         raise UserError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{source}: must be a mapping with the keys {', '.join(JobConfig.model_fields)}")
+    return parse_job(tree, str(source), overrides)
+
+
+def parse_job(tree: dict[str, Any], origin: str, overrides: typing.Sequence[str] = ()) -> JobConfig:
+    """Override and validate a job given as plain data; ``origin`` is named in errors."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_job(tree, str(source))
-
-
-def parse_job(tree: dict[str, Any], origin: str) -> JobConfig:
-    """Validate a job given as plain data; ``origin`` is named in errors."""
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite. The message names the step, the objectives and the samples."""
+
+
+class Regressed(RuntimeError):
+    """A metric fell so far that the training was to stop. The message names it, both steps, and the interval."""

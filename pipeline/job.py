@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.board import Board
+from cluster.errors import WorkersStopped
 from cluster.session import session
 from cluster.workers import run_workers
-from pipeline.config import JobConfig
-from pipeline.errors import NonFiniteLoss
+from pipeline.config import JobConfig, did_you_mean
+from pipeline.errors import NonFiniteLoss, Regressed
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
 from pipeline.progress import Task, show_progress
+from pipeline.results import Results
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
@@ -62,27 +64,54 @@ def run_job(job: JobConfig, console: Console) -> None:
     with session(job.cluster, workers=job.train.workers):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
-            dispatcher = _dispatcher(job, storage, run, tracker, prepared)
+            results = Results(job, run, tracker)
+            dispatcher = _dispatcher(job, storage, run, results, prepared)
             dispatcher.start()
             try:
-                _train(job, run, prepared, tracker, dispatcher, console)
+                _train(job, run, prepared, tracker, dispatcher, console, results)
                 _await_evaluations(dispatcher, console)
                 _close(job, run, tracker, dispatcher, console)
+            except WorkersStopped:
+                _close(job, run, tracker, dispatcher, console)
+                raise Regressed(results.reason) from None
             finally:
                 dispatcher.stop()
 
 
-def evaluate_job(job: JobConfig, console: Console) -> None:
-    """Evaluate the checkpoints of a job's run that are not evaluated yet (or failed), and print the table."""
+def evaluate_job(
+    job: JobConfig, console: Console, *, tasks: Sequence[str] | None = None, missing: bool = False
+) -> None:
+    """Evaluate the checkpoints of a job's run that are not evaluated yet (or failed), and print the table.
+
+    Args:
+        tasks: only these; None: all.
+        missing: all checkpoints without a result of a task's present version, not those alone that are due.
+
+    Raises:
+        UserError: there is no checkpoint, or no such task.
+    """
+    for name in tasks or ():
+        known = [task.name for task in job.evaluate.tasks]
+        if name not in known:
+            raise UserError(f"--tasks: the job has no evaluate task '{name}'{did_you_mean(name, known)}")
     storage = _open(job)
     if not list_checkpoints(storage.at(run_path(job))):
         raise UserError(
             f"{storage.url_of(run_path(job))} holds no checkpoint to evaluate: train first (glscl run)"
         )
     with session(job.cluster, workers=0):
-        prepared = _prepare_all(job, storage, console)
+        prepared = _evaluation_data(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
-            dispatcher = _dispatcher(job, storage, run, tracker, prepared, retry_failed=True)
+            dispatcher = _dispatcher(
+                job,
+                storage,
+                run,
+                Results(job, run, tracker),
+                prepared,
+                retry_failed=True,
+                only=tasks,
+                every_checkpoint=missing,
+            )
             dispatcher.start()
             try:
                 _await_evaluations(dispatcher, console)
@@ -116,6 +145,23 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
         if folder.exists(REPORT_PATH):  # a merge, or another program's shards, have none
             grid.add_row(f"report of {name}", folder.url_of(REPORT_PATH))
     console.print(grid, soft_wrap=True, highlight=False)
+    return prepared
+
+
+def _evaluation_data(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
+    """The datasets that the job's tasks name. Shards that cannot be opened are left out: their tasks will fail."""
+    names = {task.dataset_name for task in job.evaluate.tasks}
+    prepared = {}
+    for name, config in job.datasets.items():
+        if name not in names:
+            continue
+        if not isinstance(config, PreparedConfig):
+            prepared[name] = _prepare_one(job, name, config, scorers_of(config), storage, console)
+            continue
+        try:
+            prepared[name] = _open_prepared(name, config, storage, console)
+        except UserError as error:
+            logger.error("datasets.%s cannot be used: %s", name, error)
     return prepared
 
 
@@ -209,20 +255,27 @@ def _dispatcher(
     job: JobConfig,
     storage: Storage,
     run: RunFolder,
-    tracker: Tracker,
+    results: Results,
     prepared: dict[str, PreparedDataset],
     *,
     retry_failed: bool = False,
+    only: Sequence[str] | None = None,
+    every_checkpoint: bool = False,
 ) -> Dispatcher:
+    paths = {n: config.prepared for n, config in job.datasets.items() if isinstance(config, PreparedConfig)}
+    paths |= {name: dataset.path for name, dataset in prepared.items()}
     return Dispatcher(
         run.storage,
         job.evaluate,
         storage,
-        {name: storage.resolve(dataset.path) for name, dataset in prepared.items()},
+        {name: storage.resolve(path) for name, path in paths.items()},
         tokenizer=job.model.tokenizer,
         seed=job.seed,
-        on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
+        on_result=results.add,
+        after_results=results.judge,
         retry_failed=retry_failed,
+        only=only,
+        every_checkpoint=every_checkpoint,
     )
 
 
@@ -233,6 +286,7 @@ def _train(
     tracker: Tracker,
     dispatcher: Dispatcher,
     console: Console,
+    results: Results,
 ) -> None:
     total = job.train.total_steps
     finished = [checkpoint.step for checkpoint in list_checkpoints(run.storage)]
@@ -264,6 +318,7 @@ def _train(
             max_failures=job.train.max_failures,
             scratch=scratch / "ray",
             no_retry=(ValueError, NonFiniteLoss, BadDataLimit, StorageFault),
+            stop=results.stop,
         )
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -283,17 +338,13 @@ def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:
 def _close(
     job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console
 ) -> None:
-    """The closing tables, to the terminal, the storage and MLflow; the best checkpoint gets its mark."""
+    """The closing tables, to the terminal, the storage and MLflow."""
     outcomes = dispatcher.outcomes()
     if outcomes:
         html, text = html_report(outcomes, job.name), text_report(outcomes)
         run.storage.write_bytes("reports/evaluation.html", html.encode())
         tracker.report(html, text)
         print_report(outcomes, console)
-    best = dispatcher.best(job.checkpoints.keep_best) if job.checkpoints.keep_best else None
-    if best is not None and job.checkpoints.keep_best is not None:
-        metric = job.checkpoints.keep_best
-        tracker.best(best.entry(run.storage).checkpoint, metric, best.metrics[metric.partition("/")[2]])
     _print_places(run, tracker, console, report=bool(outcomes))
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import JobConfig
+from pydantic import BaseModel, SecretStr
+
+from pipeline.config import JobConfig, parse_job
 from pipeline.tracking import RunHandle
+from pipeline.tracking.config import without_userinfo
 from sharding.errors import UserError
-from sharding.storage import Storage
+from sharding.storage import Storage, open_storage
 
 RECORD = "run.json"
 
@@ -54,6 +58,22 @@ class RunFolder:
             starts.append(environment)
             self.storage.write_json(RECORD, self.record)
 
+    def note_job(self, job: JobConfig, datasets: dict[str, str]) -> None:
+        """Keep the job as it is now, for those who have the run but not its file, and each ``evaluate`` block it had.
+
+        Datasets that the run trains on stay those it began with.
+        """
+        trained = {name for stage in job.train.stages for name in stage.mixture}
+        known: dict[str, str] = self.record["datasets"]
+        known |= {name: path for name, path in datasets.items() if name not in known or name not in trained}
+        plain = plain_job(job, known)
+        blocks = self.record.setdefault("evaluate", [])
+        if self.record.get("job") != plain or not blocks or blocks[-1] != plain["evaluate"]:
+            if not blocks or blocks[-1] != plain["evaluate"]:
+                blocks.append(plain["evaluate"])
+            self.record["job"] = plain
+            self.storage.write_json(RECORD, self.record)
+
 
 def run_path(job: JobConfig) -> str:
     """The run's folder relative to the job's storage."""
@@ -63,6 +83,9 @@ def run_path(job: JobConfig) -> str:
 def open_run_folder(job: JobConfig, root: Storage, datasets: dict[str, str]) -> RunFolder:
     """The folder of the job's run: as it was left, or new.
 
+    Args:
+        datasets: folder or url of each dataset that is prepared, by name.
+
     Raises:
         UserError: the folder holds a run of another configuration; names the field that differs.
     """
@@ -71,16 +94,79 @@ def open_run_folder(job: JobConfig, root: Storage, datasets: dict[str, str]) -> 
     record = read_record(storage)
     if record is not None:
         _refuse_change(record["configuration"], decisive, storage)
-        return RunFolder(root, storage, run_path(job), record)
+        run = RunFolder(root, storage, run_path(job), record)
+        run.note_job(job, datasets)
+        return run
     record = {
         "format": "glscl-run",
         "version": 1,
         "key": f"{job.name}-{uuid.uuid4().hex[:12]}",
         "configuration": decisive,
-        "datasets": datasets,
+        "datasets": dict(datasets),
     }
-    storage.write_json(RECORD, record)
-    return RunFolder(root, storage, run_path(job), record)
+    run = RunFolder(root, storage, run_path(job), record)
+    run.note_job(job, datasets)
+    return run
+
+
+def plain_job(job: JobConfig, datasets: Mapping[str, str]) -> dict[str, Any]:
+    """A job as plain data for ``run.json``: no secrets, no storage, and datasets as they lie there prepared.
+
+    Args:
+        datasets: folder or url of each prepared dataset.
+    """
+    tracking = job.tracking.resolved(Path.cwd())
+    plain = _plain(job.model_copy(update={"tracking": tracking}))
+    del plain["storage"]
+    plain["datasets"] = {
+        name: {"prepared": path, "modality": job.datasets[name].modality}
+        for name, path in datasets.items()
+        if name in job.datasets
+    }
+    return dict(plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        return {name: _plain(item) for name, item in fields.items() if not isinstance(item, SecretStr)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if not isinstance(item, SecretStr)}
+    if isinstance(value, str):
+        return without_userinfo(value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def load_run_job(address: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job of a run, by the run's address alone.
+
+    Args:
+        address: ``.../runs/NAME``: a path, ``file://`` or ``s3://``.
+        overrides: as of :func:`pipeline.config.load_job`.
+
+    Raises:
+        UserError: there is no run; its record cannot be used.
+    """
+    run = open_storage(address)
+    run.check(write=False)
+    record = read_record(run)
+    if record is None:
+        raise UserError(f"{run.url} is no run: it has no {RECORD} (give a job's file, or .../runs/NAME)")
+    url, _, name = run.url.rpartition("/runs/")
+    if not url or "/" in name or not isinstance(record.get("job"), dict):
+        raise UserError(f"{run.url} is no run that lies in .../runs/NAME with its job: give the job's file")
+    root = open_storage(url)
+    tree = {**record["job"], "name": name, "storage": {"url": root.url}}
+    try:
+        tree["datasets"] = {
+            known: {**block, "prepared": root.resolve(block["prepared"]).url}
+            for known, block in tree["datasets"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{run.url_of(RECORD)} is damaged (datasets): give the job's file") from None
+    return parse_job(tree, run.url_of(RECORD), overrides)
 
 
 def read_record(storage: Storage) -> dict[str, Any] | None:

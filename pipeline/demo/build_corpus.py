@@ -173,8 +173,10 @@ class _Target:
         self._storage.write_bytes(path, data)
         self.counts["written"] += 1
 
-    def close(self, table: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Writes the captions last: a table that exists names only files that exist."""
+    def close(self, table: str, rows: Iterable[dict[str, Any]], named: Iterable[dict[str, Any]] = ()) -> None:
+        """Writes the captions last: a table that exists names only files that exist. ``named``: objects.jsonl."""
+        if lines := _json_lines(named):
+            self._storage.write_bytes("objects.jsonl", lines)
         self._storage.write_bytes(table, _json_lines(rows))
         counted = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
         print(f"{self._storage.url_of(table)}: {counted}")
@@ -190,8 +192,8 @@ def fetch_emoji(storage: Storage, folder: Path | None) -> None:
             files[stem] = _word(words, stem)
             if not target.has(f"images/{stem}.webp"):
                 target.write(f"images/{stem}.webp", data)
-    target.close("objects.jsonl", objects.object_rows(files))
-    target.close("images.jsonl", (item.as_dict() for item in emoji.image_items(files, held_out)))
+    rows = (item.as_dict() for item in emoji.image_items(files, held_out))
+    target.close("images.jsonl", rows, objects.object_rows(files))
 
 
 def fetch_emoji_clips(
@@ -250,7 +252,7 @@ def fetch_stamps(storage: Storage, folder: Path | None) -> None:
                 )
                 if not target.has(path):
                     target.write(path, data)
-    target.close("stamps.jsonl", rows)
+    target.close("stamps.jsonl", rows, objects.stamp_rows(rows))
 
 
 def _first_line(text: bytes) -> str:

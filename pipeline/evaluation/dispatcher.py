@@ -86,6 +86,7 @@ class Dispatcher:
         seed: of the run.
         on_result: told each outcome, done or given up, and at the start all earlier ones; called from the
             dispatcher's thread, must not block for long.
+        after_results: called, from the same thread, whenever it was told all that there are at the moment.
         retry_failed: try what is due and was given up in an earlier life once more.
         only: names of the tasks to run; None: all.
         every_checkpoint: run them on all checkpoints, not on those alone that the configuration says.
@@ -104,6 +105,7 @@ class Dispatcher:
         tokenizer: str = "builtin",
         seed: int = 0,
         on_result: Callable[[Outcome], None] = lambda outcome: None,
+        after_results: Callable[[], None] = lambda: None,
         retry_failed: bool = False,
         only: Collection[str] | None = None,
         every_checkpoint: bool = False,
@@ -118,6 +120,7 @@ class Dispatcher:
         self._run, self._concurrent, self._storage, self._datasets = run, config.concurrent, storage, datasets
         self._seed = seed
         self._tokenizer, self._on_result, self._runner = tokenizer, on_result, runner
+        self._after_results, self._news = after_results, False
         self._list, self._poll_s = checkpoints, poll_s
         self._schedule = Schedule(config, only=only, every_checkpoint=every_checkpoint)
         self._versions = TaskVersions(config.tasks, storage, datasets)
@@ -249,6 +252,9 @@ class Dispatcher:
                     self._report_key(one.key)
             elif one.key not in running:
                 waiting.append(one)
+        if self._news:
+            self._after_results()
+            self._news = False
         self._open = self._schedule.ordered(waiting)
         with self._changed:
             self._settled = over and complete and not running and not self._open
@@ -281,6 +287,7 @@ class Dispatcher:
     def _report(self, outcome: Outcome) -> None:
         if outcome.key not in self._reported:
             self._reported.add(outcome.key)
+            self._news = True
             self._on_result(outcome)
 
     # The thread.

@@ -143,6 +143,16 @@ class Outcome:
             started=self.started,
             finished=self.finished,
             error=self.cause,
+            intervals=self.intervals,
+            params={
+                "kind": self.kind,
+                "version": self.version,
+                "data_digest": self.dataset["digest"],
+                "seed": self.seed,
+                "attempt": self.attempt,
+                **{f"settings.{name}": value for name, value in self.settings.items()},
+                **{f"details.{name}": value for name, value in self.details.items()},
+            },
         )
 
 
@@ -340,16 +350,26 @@ def _to_bytes(outcome: Outcome) -> bytes:
     return (json.dumps(asdict(outcome), sort_keys=True, indent=1) + "\n").encode()
 
 
+def beats(outcome: Outcome, best: Outcome | None, name: str) -> bool:
+    """Whether an outcome is the better one by a metric, or as good and earlier; not a number is never the best."""
+    value = outcome.metrics[name]
+    if value != value:
+        return False
+    if best is None:
+        return True
+    other = best.metrics[name]
+    if value == other:
+        return outcome.step < best.step
+    return value < other if lower_is_better(name) else value > other
+
+
 def best_outcome(outcomes: Iterable[Outcome], metric: str) -> Outcome | None:
     """The one with the best ``TASK/METRIC``: the highest (the lowest of a rank); the earlier step of
     equals.
     """
     task, _, name = metric.partition("/")
-    sign = -1.0 if lower_is_better(name) else 1.0
     best: Outcome | None = None
-    for outcome in sorted(outcomes, key=lambda o: o.step):
-        if outcome.task == task and name in outcome.metrics:
-            value = sign * outcome.metrics[name]
-            if best is None or value > sign * best.metrics[name]:
-                best = outcome
+    for outcome in outcomes:
+        if outcome.task == task and name in outcome.metrics and beats(outcome, best, name):
+            best = outcome
     return best

@@ -18,6 +18,11 @@ def without_credentials(text: str) -> str:
     return _USERINFO.sub("***@", text)
 
 
+def without_userinfo(text: str) -> str:
+    """``text`` with the ``user:password@`` part of any URL left out: an address that can still be used."""
+    return _USERINFO.sub("", text)
+
+
 class TrackingConfig(BaseModel):
     """Where a run is tracked.
 

@@ -1,5 +1,8 @@
-"""Checkpoints and evaluations of a run in MLflow: logged models that link to storage, child runs, the best
-one.
+"""Checkpoints and evaluations of a run in MLflow: logged models that link to storage, child runs, aliases of the best.
+
+A run has a registered model of its own (named by the run's key), whose versions are those of its checkpoints that
+were the best by some metric; the alias ``best-TASK-METRIC`` is on the best so far, and moving it is one write of the
+server's: there is never a moment with none or two. ``best`` is the one by ``checkpoints.keep_best``.
 
 Everything here may be called again with the same arguments (the driver died in between): nothing is made
 twice.
@@ -7,20 +10,22 @@ twice.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.tracking.runs import RunHandle
+from pipeline.tracking.registry import BEST, DIGEST, Registry, alias_of
+from pipeline.tracking.runs import RunHandle, flatten_params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Param
 
-_DIGEST = "glscl.checkpoint_digest"
 _EVALUATION = "glscl.evaluation"
-_BEST = "best"
 _DATASET_DIGEST_LIMIT = 36
+_BATCH = 100  # parameters in one request
+_TAG_LIMIT = 5000
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class CheckpointEntry:
 @dataclass(frozen=True)
 class EvaluationEntry:
     """A finished evaluation of a checkpoint; times in seconds since the epoch, ``error`` when it failed for
-    good.
+    good. ``intervals``: (low, high) by metric; ``params``: what it was measured with, as plain data.
     """
 
     checkpoint: CheckpointEntry
@@ -49,7 +54,21 @@ class EvaluationEntry:
     started: float
     finished: float
     error: str | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def _params(entry: EvaluationEntry) -> list[Param]:
+    """Values that are no text as JSON; what MLflow does not take in a name is replaced, what is too long cut."""
+    from mlflow.entities import Param
+
+    plain = {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        for name, value in entry.params.items()
+    }
+    filled = {name: value for name, value in plain.items() if value}
+    return [Param(name, value) for name, value in flatten_params(filled).items()] if filled else []
 
 
 class RunResults:
@@ -62,11 +81,12 @@ class RunResults:
 
     def __init__(self, client: MlflowClient, run: RunHandle) -> None:
         self._client, self._run = client, run
+        self._registry = Registry(client, run)
         self._models: dict[str, str] = {}
         self._evaluated: dict[str, tuple[str, str]] = {}  # key -> (run id, status)
         for model in self._search_models():
-            if _DIGEST in model.tags:
-                self._models[model.tags[_DIGEST]] = model.model_id
+            if DIGEST in model.tags:
+                self._models[model.tags[DIGEST]] = model.model_id
         token: str | None = None
         while True:
             page = client.search_runs(
@@ -101,7 +121,7 @@ class RunResults:
                 "mlflow.model.isExternal": "true",
                 "checkpoint": checkpoint.url,
                 "step": str(checkpoint.step),
-                _DIGEST: checkpoint.digest,
+                DIGEST: checkpoint.digest,
             },
         )
         self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -110,7 +130,10 @@ class RunResults:
 
     def log_evaluation(self, entry: EvaluationEntry) -> str:
         """A child run, and the metrics ``<task>/<metric>`` on the checkpoint's logged model with the
-        dataset's name.
+        dataset's name, and on the parent run, whose charts show them over the steps of the training.
+
+        The child run alone has the intervals, ``<task>/<metric>_low`` and ``_high``, so that charts of the parent and
+        the table of models stay readable, and the parameters: settings, seed, digest of the data, details.
 
         Names of metrics are free of the ``@`` that MLflow refuses. Time stamps are those of the evaluation,
         so a second call after a crash leaves no second points. Returns the child run's id.
@@ -138,10 +161,11 @@ class RunResults:
             ).info.run_id
             self._evaluated[key] = (run_id, "RUNNING")
         digest = entry.dataset_digest[:_DATASET_DIGEST_LIMIT]
-        dataset = Dataset(name=entry.dataset, digest=digest, source_type="glscl", source="{}")
-        self._client.log_inputs(
-            run_id, [DatasetInput(dataset, [])], models=[LoggedModelInput(model_id=model_id)]
-        )
+        inputs = []
+        if digest:  # empty: the data could not be read
+            dataset = Dataset(name=entry.dataset, digest=digest, source_type="glscl", source="{}")
+            inputs.append(DatasetInput(dataset, []))
+        self._client.log_inputs(run_id, inputs, models=[LoggedModelInput(model_id=model_id)])
         moment = int(entry.finished * 1000)
         metrics = [
             Metric(
@@ -156,8 +180,16 @@ class RunResults:
             )
             for name, value in entry.metrics.items()
         ]
-        marks = [] if entry.error is None else [RunTag("error", entry.error[:5000])]
-        self._client.log_batch(run_id, metrics=metrics, tags=marks)
+        marks = [] if entry.error is None else [RunTag("error", entry.error[:_TAG_LIMIT])]
+        bounds = [
+            Metric(f"{entry.task}/{name}_{which}", float(value), moment, entry.checkpoint.step)
+            for name, interval in entry.intervals.items()
+            for which, value in zip(("low", "high"), interval, strict=True)
+        ]
+        self._client.log_batch(run_id, metrics=[*metrics, *bounds], tags=marks)
+        params = _params(entry)
+        for start in range(0, len(params), _BATCH):
+            self._client.log_batch(run_id, params=params[start : start + _BATCH])
         if metrics:
             # On the parent too, so that its charts show the curve over training steps.
             self._client.log_batch(
@@ -167,14 +199,21 @@ class RunResults:
         self._evaluated[key] = (run_id, wanted)
         return run_id
 
-    def mark_best(self, checkpoint: CheckpointEntry, metric: str, value: float) -> None:
-        """Moves the tag ``best`` to this checkpoint's logged model; there is never a moment without one."""
+    def mark_best(self, checkpoint: CheckpointEntry, metric: str, *, chosen: bool) -> None:
+        """Moves the alias of the best by ``TASK/METRIC`` to this checkpoint.
+
+        Args:
+            chosen: whether it is the metric of ``checkpoints.keep_best``: then the alias ``best`` moves too.
+        """
         model_id = self.log_checkpoint(checkpoint)
-        self._client.set_logged_model_tags(model_id, {_BEST: f"{metric} {value:.4g}"})
-        for model in self._search_models():
-            if _BEST in model.tags and model.model_id != model_id:
-                self._client.delete_logged_model_tag(model.model_id, _BEST)
-        self._client.set_tag(self._run.run_id, "best_checkpoint", checkpoint.url)
+        self._registry.move(alias_of(metric), checkpoint, model_id)
+        if chosen:
+            self._registry.move(BEST, checkpoint, model_id)
+            self._client.set_tag(self._run.run_id, "best_checkpoint", checkpoint.url)
+
+    def tag(self, name: str, value: str) -> None:
+        """A tag of the parent run."""
+        self._client.set_tag(self._run.run_id, name, value[:_TAG_LIMIT])
 
     def log_report(self, html: str, text: str) -> None:
         """The evaluation report as artifacts ``evaluation/report.{html,txt}`` of the parent run."""

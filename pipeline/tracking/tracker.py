@@ -93,11 +93,16 @@ class Tracker:
         what = f"evaluation {entry.task} of step {entry.checkpoint.step}"
         self._add(what, lambda r: r.log_evaluation(entry))
 
-    def best(self, checkpoint: CheckpointEntry, metric: str, value: float) -> None:
-        """Gives the ``best`` tag to a checkpoint."""
+    def best(self, checkpoint: CheckpointEntry, metric: str, *, chosen: bool = False) -> None:
+        """Gives a checkpoint the alias of the best by ``TASK/METRIC``; that of the best of all, where ``chosen``."""
         self._add(
-            f"best checkpoint, step {checkpoint.step}", lambda r: r.mark_best(checkpoint, metric, value)
+            f"best checkpoint by {metric}, step {checkpoint.step}",
+            lambda r: r.mark_best(checkpoint, metric, chosen=chosen),
         )
+
+    def tag(self, name: str, value: str) -> None:
+        """A tag of the run, at once as a whole."""
+        self._add(f"tag {name}", lambda r: r.tag(name, value))
 
     def report(self, html: str, text: str) -> None:
         """Stores the evaluation report with the run."""

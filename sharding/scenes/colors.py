@@ -18,6 +18,7 @@ HUES = {
 }
 # An object is called by a colour that this share of it has, if no other has this part of that share.
 _MOST, _RIVAL = 0.45, 0.5
+_MUCH = 0.25
 _MOST_GRAY = 0.7  # shadows and highlights of all colours are grey
 _OPAQUE = 128
 _UNNAMED = -1  # between two names: cyan, olive
@@ -98,13 +99,21 @@ def color_of(rgba: np.ndarray) -> str | None:
     Args:
         rgba: uint8 [H, W, 4].
     """
-    seen = named_pixels(rgba[rgba[..., 3] >= _OPAQUE][:, :3])
-    if not seen.size:
-        return None
-    shares = np.bincount(seen[seen != _UNNAMED], minlength=len(NAMES)) / seen.size
+    shares = _shares(rgba)
     first, second = np.argsort(-shares, kind="stable")[:2]
     most = _MOST_GRAY if NAMES[first] == "gray" else _MOST
     return NAMES[first] if shares[first] >= most and shares[second] <= _RIVAL * shares[first] else None
+
+
+def prominent(rgba: np.ndarray) -> tuple[str, ...]:
+    """The colours that a quarter or more of a cut-out has, of uint8 [H, W, 4]."""
+    return tuple(NAMES[place] for place in np.flatnonzero(_shares(rgba) >= _MUCH))
+
+
+def _shares(rgba: np.ndarray) -> np.ndarray:
+    """float [len(NAMES)]: how much of the opaque pixels has each colour; zeros where none is opaque."""
+    seen = named_pixels(rgba[rgba[..., 3] >= _OPAQUE][:, :3])
+    return np.bincount(seen[seen != _UNNAMED], minlength=len(NAMES)) / max(seen.size, 1)
 
 
 def recolored(rgba: np.ndarray, name: str) -> np.ndarray:

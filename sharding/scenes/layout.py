@@ -27,6 +27,7 @@ _TURNED = 12.0  # degrees, at most, to either side
 _TRIES, _PLACES = 60, 60
 _SHRINK = (1.0, 0.92, 0.85, 0.78)
 _HALF_GROWN = 0.5
+_BAND = 0.42  # of the height
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are the first outside
 
@@ -214,19 +215,24 @@ def place_clip(
 
 
 def _cells(plan: Plan, width: int, height: int, rng: np.random.Generator) -> list[Box]:
-    """The whole scene for one thing; for two its halves, cut along the way that the first mover goes."""
+    """Each thing's part of the scene: all of it for one; of two, parts that leave both a way to go."""
     if len(plan.groups) == 1:
         return [(0, 0, width, height)]
-    ways = [group.motion for group in plan.groups]
-    sideways = any(way in ("left", "right") for way in ways)
-    upright = any(way in ("up", "down") for way in ways)
-    stacked = rng.random() < 0.5 if sideways == upright else sideways
-    halves: list[Box] = (
-        [(0, 0, width, height // 2), (0, height // 2, width, height)]
-        if stacked
-        else [(0, 0, width // 2, height), (width // 2, 0, width, height)]
-    )
-    return halves if rng.random() < 0.5 else halves[::-1]
+    sideways = [group.motion in ("left", "right") for group in plan.groups]
+    upright = [group.motion in ("up", "down") for group in plan.groups]
+    stacked = any(sideways) or (not any(upright) and rng.random() < 0.5)
+    first_leads = bool(rng.random() < 0.5)
+    share = 0.5
+    if any(sideways) and any(upright):
+        # A band is enough for what goes sideways; what goes up or down needs more.
+        share = _BAND if sideways[0 if first_leads else 1] else 1 - _BAND
+    if stacked:
+        cut = round(height * share)
+        halves: list[Box] = [(0, 0, width, cut), (0, cut, width, height)]
+    else:
+        cut = width // 2
+        halves = [(0, 0, cut, height), (cut, 0, width, height)]
+    return halves if first_leads else halves[::-1]
 
 
 def _moves(

@@ -24,7 +24,7 @@ from PIL import Image
 
 from sharding.errors import BadData, UserError
 from sharding.media.images import decode_cutout
-from sharding.scenes.colors import HUES, NAMES, color_of, recolored
+from sharding.scenes.colors import HUES, NAMES, color_of, prominent, recolored
 from sharding.scenes.words import last_word, plural
 from sharding.sources.base import folder_and_name
 from sharding.storage import Storage
@@ -61,6 +61,13 @@ class Kind:
         return last_word(self.name) == last_word(other.name)
 
 
+@dataclass(frozen=True)
+class _Colors:
+    own: str | None
+    others: tuple[str, ...]
+    prominent: tuple[str, ...]
+
+
 class Objects:
     """The kinds of a table in its order, and their pixels, read when first asked for and kept.
 
@@ -73,7 +80,7 @@ class Objects:
         self.kinds, self.digest = kinds, digest
         self._root, self._side = root, side
         self._pixels: dict[str, np.ndarray] = {}
-        self._colors: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+        self._colors: dict[str, _Colors] = {}
         self._lock = threading.Lock()
 
     def pixels(self, kind: int, cutout: int, color: str | None = None) -> np.ndarray:
@@ -83,19 +90,23 @@ class Objects:
 
     def color(self, kind: int, cutout: int) -> str | None:
         """The name of a cut-out's own colour, or None where no name is right."""
-        return self._told(kind, cutout)[0]
+        return self._told(kind, cutout).own
 
     def colors(self, kind: int, cutout: int) -> tuple[str, ...]:
         """The other colours that a cut-out can be given; none, where it is not of one colour."""
-        return self._told(kind, cutout)[1]
+        return self._told(kind, cutout).others
 
-    def _told(self, kind: int, cutout: int) -> tuple[str | None, tuple[str, ...]]:
+    def prominent(self, kind: int, cutout: int) -> tuple[str, ...]:
+        """Colours that much of a cut-out has: it is hard to see on a background of them."""
+        return self._told(kind, cutout).prominent
+
+    def _told(self, kind: int, cutout: int) -> _Colors:
         item = self.kinds[kind].cutouts[cutout]
         if item.path not in self._colors:
             small = _within(self._read(item.path), _COLOR_SIDE)
             own = color_of(small) if item.color == _ASIDE else item.color
-            others = (name for name in HUES if name != own and color_of(recolored(small, name)) == name)
-            self._colors[item.path] = (own, tuple(others) if own in HUES else ())
+            others = [name for name in HUES if name != own and color_of(recolored(small, name)) == name]
+            self._colors[item.path] = _Colors(own, tuple(others) if own in HUES else (), prominent(small))
         return self._colors[item.path]
 
     def _read(self, path: str) -> np.ndarray:

@@ -208,9 +208,14 @@ class Planner:
         return Group(kind, cutout, count, tint, color, size)
 
     def background(self, groups: Sequence[Group], rng: np.random.Generator) -> Background:
-        """Of no colour that an object in front of it has."""
-        taken = {group.color for group in groups}
-        color = _choice([name for name in NAMES if name not in taken], rng)
+        """Of no colour that an object in front of it has, or much of one."""
+        said = {group.color for group in groups}
+        seen = set(said)
+        for group in groups:
+            seen.update(() if group.tint else self.objects.prominent(group.kind, group.cutout))
+        clear = [name for name in NAMES if name not in seen]
+        # Objects of all colours leave none clear.
+        color = _choice(clear if len(clear) > 2 else [name for name in NAMES if name not in said], rng)
         return Background(color, PATTERNS[int(rng.integers(len(PATTERNS)))], int(rng.integers(2**31)))
 
     def clip(self, number: int) -> Plan:

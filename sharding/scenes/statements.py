@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sharding.scenes.captions import described, relation_phrase
-from sharding.scenes.colors import NAMES
 from sharding.scenes.plans import INVERSE, RELATIONS, Group, Plan, Planner
 from sharding.scenes.scene import Scene
 from sharding.scenes.words import NUMBERS, article
@@ -170,9 +169,11 @@ def _none(planner: Planner, first: int, second: int, rng: np.random.Generator) -
 
 def _backgrounds(planner: Planner, first: int, second: int, rng: np.random.Generator) -> Draft:
     plans = [_alone(planner, kind, rng) for kind in (first, second)]
-    taken = {plan.groups[0].color for plan in plans}
-    colors = [name for name in NAMES if name not in taken]
-    same, other = (colors[int(place)] for place in rng.permutation(len(colors))[:2])
+    groups = [plan.groups[0] for plan in plans]
+    same = planner.background(groups, rng).color
+    other = same
+    while other == same:
+        other = planner.background(groups, rng).color
     one, two, different = (
         replace(plan, background=replace(plan.background, color=color))
         for plan, color in zip((*plans, plans[1]), (same, same, other), strict=True)

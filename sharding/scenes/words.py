@@ -8,7 +8,8 @@ _IRREGULAR = {
     "child": "children", "person": "people", "man": "men", "woman": "women", "foot": "feet", "tooth": "teeth",
     "goose": "geese", "mouse": "mice", "ox": "oxen", "sheep": "sheep", "deer": "deer", "fish": "fish",
     "leaf": "leaves", "knife": "knives", "wolf": "wolves", "loaf": "loaves", "shelf": "shelves", "half": "halves",
-    "potato": "potatoes", "tomato": "tomatoes", "die": "dice",
+    "potato": "potatoes", "tomato": "tomatoes", "die": "dice", "snowman": "snowmen", "bison": "bison",
+    "moose": "moose", "trout": "trout", "shrimp": "shrimp",
 }  # fmt: skip
 # Begin with a vowel letter and a consonant's sound, and the other way round.
 _AS_CONSONANT = ("uni", "use", "usu", "eu", "ewe", "one", "uk")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.demo import build_corpus, emoji, emoji_media, packages
+from pipeline.demo import build_corpus, emoji, emoji_media, objects, packages
 from pipeline.demo.packages import PackageError
 from sharding.storage import open_storage
 from tests.fixtures.corpora import CORPUS, corpus_rows
@@ -56,6 +56,45 @@ def test_every_clip_decodes_and_really_moves() -> None:
         assert frames.shape[1:] == (build_corpus.CLIP_SIDE, build_corpus.CLIP_SIDE, 3)
         assert len(frames) >= 4, row["path"]
         assert emoji_media.moves(list(frames)), row["path"]
+
+
+def test_the_bundled_objects_are_those_of_the_list_and_each_has_its_still() -> None:
+    files = {}
+    for row in IMAGES:
+        stem = Path(row["path"]).stem
+        files[stem] = emoji.Emoji(
+            code=emoji.normal_code(stem),
+            base=row["base"],
+            label=row["captions"][1],
+            tags=(),
+            group=row["group"],
+            kind="",
+            skin_tone=row["skin_tone"],
+        )
+    rows = [json.loads(line) for line in (CORPUS / "objects.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(objects.object_rows(files), key=lambda row: row["path"]) == rows
+    assert len(rows) == len({row["name"] for row in rows}) == len({row["path"] for row in rows}) == 460
+    assert {row["path"] for row in rows} <= {row["path"] for row in IMAGES}
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("A red fire truck.", "fire truck"),
+        ("An owl.", "owl"),
+        ("A plumber’s wrench.", "plumber’s wrench"),
+        ("Fire! Fire! Fire!", None),
+        ("A sliced lime.", None),
+        ("A flower.", None),
+        ("The full moon.", None),
+        ("A toy that is far too long.", None),
+    ],
+)
+def test_a_stamp_is_an_object_where_its_caption_names_one_thing(caption: str, name: str | None) -> None:
+    stamp = {"path": "stamps/town/x.png", "caption": caption, "group": "town"}
+    names = [row["name"] for row in objects.stamp_rows([stamp])]
+    assert names == ([] if name is None else [name])
+    assert objects.stamp_rows([{**stamp, "path": "stamps/symbols/x.png"}]) == []
 
 
 def test_captions_are_text_that_says_the_skin_tone() -> None:

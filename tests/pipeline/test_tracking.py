@@ -59,11 +59,20 @@ CHECKPOINTS = [
 ]
 
 
-def evaluation(checkpoint: CheckpointEntry, value: float, error: str | None = None) -> EvaluationEntry:
+def evaluation(
+    checkpoint: CheckpointEntry, value: float, error: str | None = None, **options: Any
+) -> EvaluationEntry:
     metrics = {} if error else {"t2i_R10": value, "i2t_R10": value / 2}
     return EvaluationEntry(
-        checkpoint, "emoji", "1.abcd", "held-out", "ef" * 32, metrics, 1000.0, 1001.5, error=error
+        checkpoint, "emoji", "1.abcd", "held-out", "ef" * 32, metrics, 1000.0, 1001.5, error=error, **options
     )
+
+
+def aliases(config: TrackingConfig, key: str) -> dict[str, int]:
+    """The step that each alias of a run is on."""
+    client = connect(config)
+    found = client.get_registered_model(key).aliases
+    return {alias: int(client.get_model_version_by_alias(key, alias).tags["step"]) for alias in found}
 
 
 def test_metrics_of_every_step_arrive_once(embedded: TrackingConfig) -> None:
@@ -193,8 +202,8 @@ def test_checkpoints_and_evaluations_are_shown_once_and_ranked(embedded: Trackin
         tracker.evaluation(
             EvaluationEntry(CHECKPOINTS[0], "video", "1.x", "clips", "ab" * 32, {}, 1.0, 2.0, error="broke")
         )
-        tracker.best(CHECKPOINTS[0], "emoji/t2i_R10", 0.1)
-        tracker.best(CHECKPOINTS[1], "emoji/t2i_R10", 0.9)
+        tracker.best(CHECKPOINTS[0], "emoji/t2i_R10", chosen=True)
+        tracker.best(CHECKPOINTS[1], "emoji/t2i_R10", chosen=True)
         tracker.report("<html>report</html>", "report")
         assert tracker.finish(timeout_s=60)
     assert tracker.handle is not None
@@ -205,7 +214,6 @@ def test_checkpoints_and_evaluations_are_shown_once_and_ranked(embedded: Trackin
         order_by=[{"field_name": "metrics.emoji/t2i_R10", "ascending": False, "dataset_name": "held-out"}],
     )
     assert [model.tags["step"] for model in ranked] == ["20", "30", "10"]
-    assert [model.tags.get("best") for model in ranked] == ["emoji/t2i_R10 0.9", None, None]
     assert ranked[0].tags["checkpoint"] == CHECKPOINTS[1].url
     children = client.search_runs(
         [handle.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{handle.run_id}'"
@@ -220,10 +228,124 @@ def test_checkpoints_and_evaluations_are_shown_once_and_ranked(embedded: Trackin
     assert curve == [(10, 0.1), (20, 0.9), (30, 0.4)]
     run = client.get_run(handle.run_id)
     assert run.info.status == "FINISHED"
+    assert run.data.tags["best_checkpoint"] == CHECKPOINTS[1].url
     assert {f.path for f in client.list_artifacts(handle.run_id, "evaluation")} == {
         "evaluation/report.html",
         "evaluation/report.txt",
     }
+
+
+def check_aliases(config: TrackingConfig, key: str) -> None:
+    """Each metric has its own; they move, in a second life of the driver too, and come back."""
+    for life in range(2):
+        tracker = Tracker(config, name="a", key=key, params={}, tags={})
+        tracker.best(CHECKPOINTS[0], "emoji/t2i_R10", chosen=True)
+        tracker.best(CHECKPOINTS[0], "emoji/t2i_R@1")
+        tracker.best(CHECKPOINTS[1], "emoji/t2i_R10", chosen=True)
+        if life == 1:
+            tracker.best(CHECKPOINTS[2], "emoji/t2i_R@1")
+        assert tracker.finish(timeout_s=60)
+        first = {0: 10, 1: 30}[life]
+        assert aliases(config, key) == {"best": 20, "best-emoji-t2i_R10": 20, "best-emoji-t2i_R_1": first}
+    client = connect(config)
+    versions = client.search_model_versions(f"name = '{key}'")
+    assert sorted(int(v.tags["step"]) for v in versions) == [10, 20, 30]  # one a checkpoint, over both lives
+    assert tracker.handle is not None
+    models = client.search_logged_models([tracker.handle.experiment_id])
+    by_step = {
+        model.tags["step"]: model.model_id for model in models if model.source_run_id == tracker.run_id
+    }
+    assert {v.tags["step"]: v.tags["logged_model"] for v in versions} == by_step
+
+
+def test_the_alias_of_the_best_by_each_metric_moves(embedded: TrackingConfig) -> None:
+    check_aliases(embedded, "run-1")
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_alias_of_the_best_by_each_metric_moves_on_a_server(server: MlflowServer) -> None:
+    check_aliases(TrackingConfig(uri=server.uri), "aliases")
+
+
+def test_an_alias_is_never_away_while_it_moves(
+    embedded: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is sent to move it, after each single write it is on one of the two."""
+    tracker = Tracker(embedded, name="a", key="run-1", params={}, tags={})
+    tracker.best(CHECKPOINTS[0], "emoji/R1")
+    assert tracker.finish(timeout_s=60)
+    seen: list[dict[str, int]] = []
+    store = type(connect(embedded)._get_registry_client().store)
+    for name in ("set_registered_model_alias", "delete_registered_model_alias", "create_model_version"):
+        real = getattr(store, name)
+
+        def watched(self: Any, *arguments: Any, real: Any = real, **options: Any) -> Any:
+            answer = real(self, *arguments, **options)
+            seen.append(aliases(embedded, "run-1"))
+            return answer
+
+        monkeypatch.setattr(store, name, watched)
+    again = Tracker(embedded, name="a", key="run-1", params={}, tags={})
+    again.best(CHECKPOINTS[1], "emoji/R1")
+    assert again.finish(timeout_s=60)
+    assert seen == [{"best-emoji-R1": 10}, {"best-emoji-R1": 20}]
+
+
+def test_a_registered_model_that_somebody_deleted_is_made_again(embedded: TrackingConfig) -> None:
+    tracker = Tracker(embedded, name="a", key="run-1", params={}, tags={})
+    tracker.best(CHECKPOINTS[0], "emoji/R1")
+    until_told(tracker)
+    connect(embedded).delete_registered_model("run-1")
+    tracker.best(CHECKPOINTS[1], "emoji/R1")
+    tracker.tag("regression.emoji/R1", "fell")
+    assert tracker.finish(timeout_s=60)
+    assert aliases(embedded, "run-1") == {"best-emoji-R1": 20}
+    assert tracker.run_id is not None
+    assert connect(embedded).get_run(tracker.run_id).data.tags["regression.emoji/R1"] == "fell"
+
+
+def until_told(tracker: Tracker) -> None:
+    deadline = time.monotonic() + 60
+    while tracker._actions:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_child_run_has_intervals_and_what_was_measured_with_and_charts_of_the_parent_do_not(
+    embedded: TrackingConfig,
+) -> None:
+    tracker = Tracker(embedded, name="a", key="run-1", params={}, tags={})
+    params = {"seed": 7, "data_digest": "ef" * 32, "settings.limit": None, "details.answers": [1, "two"]}
+    entry = evaluation(CHECKPOINTS[0], 0.5, intervals={"t2i_R10": (0.4, 0.6)}, params=params)
+    tracker.evaluation(entry)
+    unread = EvaluationEntry(CHECKPOINTS[0], "vqa", "1.x", "vqa", "", {}, 1.0, 2.0, error="no annotations")
+    tracker.evaluation(unread)
+    assert tracker.finish(timeout_s=60)
+    handle = tracker.handle
+    assert handle is not None
+    client = connect(embedded)
+    children = client.search_runs(
+        [handle.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{handle.run_id}'"
+    )
+    child = next(one for one in children if one.data.tags["task"] == "emoji")
+    assert child.data.metrics == {
+        "emoji/t2i_R10": 0.5,
+        "emoji/i2t_R10": 0.25,
+        "emoji/t2i_R10_low": 0.4,
+        "emoji/t2i_R10_high": 0.6,
+    }
+    assert child.data.params == {
+        "seed": "7",
+        "data_digest": "ef" * 32,
+        "settings.limit": "null",
+        "details.answers": '[1, "two"]',
+    }
+    curves = {"emoji/t2i_R10", "emoji/i2t_R10"}
+    assert set(client.get_run(handle.run_id).data.metrics) == curves
+    (model,) = client.search_logged_models([handle.experiment_id])
+    assert {metric.key for metric in model.metrics} == curves
+    assert sorted(one.info.status for one in children) == ["FAILED", "FINISHED"]
 
 
 def test_parameters_hold_no_secret_and_a_changed_one_is_a_tag(embedded: TrackingConfig) -> None:

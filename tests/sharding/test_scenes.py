@@ -177,10 +177,10 @@ def test_what_moves_moves_as_said_and_nothing_is_in_its_way() -> None:
             across, down = moved[0] + moved[2], moved[1] + moved[3]
             grown = (last[2] - last[0]) / (first[2] - first[0])
             told = {
-                "left": across < -30 and down == 0,
-                "right": across > 30 and down == 0,
-                "up": down < -30 and across == 0,
-                "down": down > 30 and across == 0,
+                "left": across < -60 and down == 0,
+                "right": across > 60 and down == 0,
+                "up": down < -60 and across == 0,
+                "down": down > 60 and across == 0,
                 "grows": grown > 1.6,
                 "shrinks": grown < 0.63,
                 "still": not moved.any(),
