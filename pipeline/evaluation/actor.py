@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome
 from pipeline.evaluation.result import TaskResult
+from pipeline.evaluation.statistics import bootstrap_intervals
 from pipeline.evaluation.tasks.base import TaskConfig
 from sharding.errors import BadData, BadDataLimit, StorageFault
 
@@ -42,8 +43,13 @@ class Assignment:
         """Its place in the ledger."""
         return EvaluationKey(self.checkpoint.digest[:16], self.task.name, self.version)
 
-    def outcome(self, metrics: Mapping[str, float] | None = None, cause: str | None = None) -> Outcome:
-        """The record of its end, now."""
+    def outcome(self, result: TaskResult | None = None, cause: str | None = None) -> Outcome:
+        """The record of its end, now: with what was found, or the cause for which nothing was."""
+        found: dict[str, Any] = {}
+        if result is not None:
+            found["metrics"] = result.metrics
+            found["intervals"] = bootstrap_intervals(result.families, seed=self.seed, task=self.task.name)
+            found["details"] = result.details
         return Outcome(
             checkpoint=self.checkpoint_record,
             task=self.task.name,
@@ -52,8 +58,11 @@ class Assignment:
             started=self.started,
             finished=time.time(),
             attempt=self.attempt,
-            metrics=dict(metrics or {}),
+            kind=self.task.kind,
+            settings=self.task.decisive(),
+            seed=self.seed,
             cause=cause,
+            **found,
         )
 
 
@@ -92,7 +101,7 @@ class EvaluationActor:
         """Runs one attempt. Every error is an answer: the caller decides whether it is tried again."""
         try:
             result = self._evaluate(assignment)
-            return Ledger(assignment.run).finish(assignment.outcome(result.metrics))
+            return Ledger(assignment.run).finish(assignment.outcome(result), result)
         except Exception as error:  # noqa: BLE001 - whatever fails is recorded with its cause, and reported
             # Broken data and the user's mistakes (ValueError) are there at the next attempt too.
             permanent = isinstance(error, BadData | BadDataLimit | ValueError | NotImplementedError)

@@ -6,31 +6,47 @@ One evaluation is (checkpoint digest, task, task version); its files::
     evaluations/<digest[:16]>/<task>-v<version>.claim-<n>.json    attempt n was begun
                               <task>-v<version>.failure-<n>.json  attempt n failed, with the cause
                               <task>-v<version>.failed.json       given up
-                              <task>-v<version>.json              done: the numbers. Written once, never
-                              changed.
+                              <task>-v<version>/attempt-<n>/      items.parquet, examples.json, files/: what attempt n
+                                                                  found, written before
+                              <task>-v<version>.json              done: the numbers, and the sha256 of those files.
+                                                                  Written once, never changed.
 
 A claim without an end belongs to a process that is gone: the evaluation is open again. States are read from
-names alone.
+names alone. The files of an attempt that never got as far as the numbers are named by no record, and deleted when
+another one does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pipeline.evaluation.attachments import (
+    EXAMPLES,
+    FILES,
+    ITEMS,
+    examples_from_json,
+    examples_to_json,
+    items_from_parquet,
+    items_to_parquet,
+)
+from pipeline.evaluation.result import Example, Family, TaskResult, lower_is_better
 from pipeline.tracking import CheckpointEntry, EvaluationEntry
-from sharding.errors import BadData, UserError
+from sharding.errors import BadData, StorageFault, UserError
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Checkpoint
     from sharding.storage import Storage
 
 log = logging.getLogger("pipeline.evaluation")
+
+_T = TypeVar("_T")
 
 FOLDER = "evaluations"
 _NAME = re.compile(
@@ -69,18 +85,34 @@ class EvaluationState:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished evaluation: ``metrics``, or the ``cause`` for which it was given up. Times in seconds
-    since the epoch.
+    """A finished evaluation: ``metrics``, or the ``cause`` for which it was given up.
+
+    Args:
+        checkpoint: path, digest, step, stage.
+        dataset: name, digest.
+        started, finished: seconds since the epoch.
+        kind: of the task.
+        settings: of the task, as far as they decide the numbers.
+        seed: of the run; all draws of the evaluation and of the intervals follow from it.
+        intervals: 95 % interval (low, high) of each metric that is measured on items.
+        details: what the task had worth recording.
+        files: size and sha256 of each file beside the outcome, by name (see :class:`Ledger`).
     """
 
-    checkpoint: dict[str, Any]  # path, digest, step, stage
+    checkpoint: dict[str, Any]
     task: str
     version: str
-    dataset: dict[str, str]  # name, digest
+    dataset: dict[str, str]
     started: float
     finished: float
     attempt: int
+    kind: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cause: str | None = None
 
     @property
@@ -170,11 +202,86 @@ class Ledger:
         if give_up:
             self._run.write_bytes(f"{outcome.key.path}.failed.json", record)
 
-    def finish(self, outcome: Outcome) -> Outcome:
-        """Writes the numbers unless they are there already; returns those that are there now."""
-        if self._run.create_exclusive(f"{outcome.key.path}.json", _to_bytes(outcome)):
-            return outcome
-        return self._read(f"{outcome.key.path}.json")
+    def finish(self, outcome: Outcome, result: TaskResult | None = None) -> Outcome:
+        """Writes the numbers unless they are there already; returns those that are there now.
+
+        Args:
+            result: whose items, examples and files are written first; None: the numbers are all there is.
+        """
+        if result is not None:
+            outcome = replace(outcome, files=self._write_files(outcome, result))
+        kept = outcome
+        if not self._run.create_exclusive(f"{outcome.key.path}.json", _to_bytes(outcome)):
+            kept = self._read(f"{outcome.key.path}.json")
+        others = {*range(1, outcome.attempt + 1)} - {
+            kept.attempt
+        }  # killed, or slower than the one that counts
+        try:
+            for attempt in sorted(others):
+                self._run.delete(_attempt_folder(outcome.key, attempt), recursive=True)
+        except StorageFault as error:
+            log.warning("files of lost attempts at %s stay behind: %s", outcome.key.path, error)
+        return kept
+
+    def _write_files(self, outcome: Outcome, result: TaskResult) -> dict[str, dict[str, Any]]:
+        contents = {ITEMS: items_to_parquet(result.families), EXAMPLES: examples_to_json(result.examples)}
+        contents |= {f"{FILES}/{name}": data for name, data in result.files.items()}
+        folder = _attempt_folder(outcome.key, outcome.attempt)
+        for name, data in contents.items():
+            self._run.write_bytes(f"{folder}/{name}", data)
+        return {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in contents.items()
+        }
+
+    def items(self, outcome: Outcome) -> list[Family]:
+        """The scored items of a finished evaluation; none of one that failed.
+
+        Raises:
+            BadData: the file is not what was written.
+        """
+        if ITEMS not in outcome.files:
+            return []
+        return self._parsed(outcome, ITEMS, items_from_parquet)
+
+    def examples(self, outcome: Outcome) -> list[Example]:
+        """What there is to look at; none of an evaluation that failed.
+
+        Raises:
+            BadData: the file is not what was written.
+        """
+        if EXAMPLES not in outcome.files:
+            return []
+        return self._parsed(outcome, EXAMPLES, examples_from_json)
+
+    def file(self, outcome: Outcome, name: str) -> bytes:
+        """A file beside the outcome, one of ``outcome.files``: a task's own is ``files/<its name>``.
+
+        Raises:
+            BadData: it is missing, or not what was written.
+        """
+        path = self.file_path(outcome, name)
+        try:
+            data = self._run.read_bytes(path)
+        except FileNotFoundError as error:
+            raise BadData("missing-file", str(error)) from None
+        if hashlib.sha256(data).hexdigest() != outcome.files[name]["sha256"]:
+            raise BadData("sha256-mismatch", f"{self._run.url_of(path)} is not what the evaluation wrote")
+        return data
+
+    def file_path(self, outcome: Outcome, name: str) -> str:
+        """Where :meth:`file` is, below the run."""
+        return f"{_attempt_folder(outcome.key, outcome.attempt)}/{name}"
+
+    def _parsed(self, outcome: Outcome, name: str, parse: Callable[[bytes], _T]) -> _T:
+        try:
+            return parse(self.file(outcome, name))
+        except UserError:
+            raise  # the storage refuses
+        except ValueError as error:
+            raise BadData(
+                "damaged-record", f"{self._run.url_of(self.file_path(outcome, name))}: {error}"
+            ) from None
 
     def retry_failed(self) -> int:
         """Opens again what was given up; returns how many."""
@@ -212,15 +319,24 @@ class Ledger:
     def _read(self, path: str) -> Outcome:
         if path not in self._outcomes:  # they never change
             try:
-                self._outcomes[path] = Outcome(**self._run.read_json(path))
+                self._outcomes[path] = _from_record(self._run.read_json(path))
             except UserError:
                 raise  # the storage refuses
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, KeyError, AttributeError):
                 detail = (
                     f"{self._run.url_of(path)} cannot be read; delete it to evaluate the checkpoint again"
                 )
                 raise BadData("damaged-record", detail) from None
         return self._outcomes[path]
+
+
+def _attempt_folder(key: EvaluationKey, attempt: int) -> str:
+    return f"{key.path}/attempt-{attempt}"
+
+
+def _from_record(record: Any) -> Outcome:
+    pairs = {name: (float(low), float(high)) for name, (low, high) in record["intervals"].items()}
+    return Outcome(**{**record, "intervals": pairs})
 
 
 def _to_bytes(outcome: Outcome) -> bytes:
@@ -232,7 +348,7 @@ def best_outcome(outcomes: Iterable[Outcome], metric: str) -> Outcome | None:
     equals.
     """
     task, _, name = metric.partition("/")
-    sign = -1.0 if name.endswith("rank") else 1.0
+    sign = -1.0 if lower_is_better(name) else 1.0
     best: Outcome | None = None
     for outcome in sorted(outcomes, key=lambda o: o.step):
         if outcome.task == task and name in outcome.metrics:

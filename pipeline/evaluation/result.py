@@ -14,6 +14,11 @@ import numpy as np
 Statistic = Literal["mean", "median"]
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is more: true of ranks, of nothing else that is measured."""
+    return metric.endswith("rank")
+
+
 @dataclass(frozen=True)
 class Measured:
     """One metric before it is summed up: ``values`` float64 [N], one for each item of its family."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome, best_outcome
+from pipeline.evaluation.result import Example, Family, Measured, TaskResult
+from sharding.errors import BadData
 from sharding.storage import open_storage
 
 KEY = EvaluationKey("ab" * 8, "images", "1-0123abcd")
@@ -112,3 +117,84 @@ def test_a_damaged_record_is_named_and_hides_no_other(
         caplog.clear()
         assert [o.key for o in Ledger(storage).outcomes()] == [KEY]
         assert f"{other.path}.json cannot be read; delete it" in caplog.text
+
+
+def result() -> TaskResult:
+    queries = Family(
+        "t2i",
+        ["b#0", "b#1", "a#0"],
+        {
+            "R1": Measured(np.array([1.0, 0.0, 1.0])),
+            "median_rank": Measured(np.array([1.0, 3.0, 1.0]), "median"),
+        },
+        groups=["b", "b", "a"],
+    )
+    images = Family("i2t", ["b", "a"], {"i2t_R1": Measured(np.array([0.0, np.nan]))})
+    example = Example(
+        "a red balloon", True, [(b"\xff\xd8picture", "rank 1")], [("score", "0.93"), ("rank", "1")]
+    )
+    return TaskResult([queries, images], {"chance": 0.1}, [example], {"server.json": b"[]"}, {"answers": 3})
+
+
+def test_items_and_examples_come_back_as_they_were_written(tmp_path: Path) -> None:
+    storage, written = open_storage(tmp_path), result()
+    kept = Ledger(storage).finish(outcome(), written)
+    (found,) = Ledger(storage).outcomes()
+    assert found == kept
+    assert set(found.files) == {"items.parquet", "examples.json", "files/server.json"}
+    ledger = Ledger(storage)
+    assert ledger.examples(found) == written.examples
+    assert ledger.file(found, "files/server.json") == b"[]"
+    families = ledger.items(found)
+    assert [(f.name, f.keys, f.groups) for f in families] == [
+        (f.name, f.keys, f.groups) for f in written.families
+    ]
+    for mine, theirs in zip(families, written.families, strict=True):
+        assert list(mine.metrics) == list(theirs.metrics)
+        for name, measured in mine.metrics.items():
+            assert measured.statistic == theirs.metrics[name].statistic
+            np.testing.assert_array_equal(measured.values, theirs.metrics[name].values)
+    # Failed ones have neither.
+    failed = outcome(key=EvaluationKey("cd" * 8, "images", "1-0123abcd"), metrics={}, cause="broke")
+    assert (ledger.items(failed), ledger.examples(failed)) == ([], [])
+
+
+def test_equal_results_are_equal_bytes(tmp_path: Path) -> None:
+    first = Ledger(open_storage(tmp_path / "a")).finish(outcome(), result())
+    second = Ledger(open_storage(tmp_path / "b")).finish(outcome(), result())
+    assert first.files == second.files
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "examples.json"])
+@pytest.mark.parametrize("damage", ["flipped", "gone", "garbage"])
+def test_a_damaged_file_beside_an_outcome_is_told_as_bad_data(tmp_path: Path, name: str, damage: str) -> None:
+    storage = open_storage(tmp_path)
+    ledger = Ledger(storage)
+    kept = ledger.finish(outcome(), result())
+    path = ledger.file_path(kept, name)
+    if damage == "gone":
+        storage.delete(path)
+    elif damage == "flipped":
+        data = bytearray(storage.read_bytes(path))
+        data[len(data) // 2] ^= 1
+        storage.write_bytes(path, bytes(data))
+    else:  # what an evaluation of another program might have left there, digest and all
+        garbage = b'{"title": 1}'
+        storage.write_bytes(path, garbage)
+        entry = {"size": len(garbage), "sha256": hashlib.sha256(garbage).hexdigest()}
+        kept = replace(kept, files={**kept.files, name: entry})
+    with pytest.raises(BadData, match=name):
+        ledger.items(kept) if name == "items.parquet" else ledger.examples(kept)
+
+
+def test_files_of_lost_attempts_are_deleted_and_those_of_the_one_that_counts_stay(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    ledger = Ledger(storage)
+    ledger._write_files(outcome(attempt=1), result())  # killed before its numbers were written
+    second = ledger.finish(outcome(attempt=2), result())
+    third = ledger.finish(outcome(attempt=3, metrics={"t2i_R10": 0.9}), result())
+    assert third == second
+    assert {file.path.split("/")[3] for file in storage.list("evaluations") if file.path.count("/") > 2} == {
+        "attempt-2"
+    }
+    assert Ledger(storage).items(second)

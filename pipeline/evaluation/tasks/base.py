@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -65,14 +65,17 @@ class TaskConfig(BaseModel):
         """The most frames that the model is given at once."""
         return 1
 
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide the numbers, as plain data."""
+        return self.model_dump(mode="json", exclude=set(self.COST_ONLY))
+
     def version(self, data_digest: str) -> str:
         """``<version of the kind>-<8 hex digits>``: changes with whatever changes the numbers.
 
         Args:
             data_digest: see :meth:`data_digest`.
         """
-        decisive = self.model_dump(mode="json", exclude=set(self.COST_ONLY)) | {"digest": data_digest}
-        text = json.dumps(decisive, sort_keys=True)
+        text = json.dumps(self.decisive() | {"digest": data_digest}, sort_keys=True)
         return f"{self.VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @abstractmethod
