@@ -23,6 +23,10 @@ from model.glscl import GLSCLModel, GLSCLPreTrainedModel
 from model.processing import GLSCLProcessor
 
 
+class NoWord(ValueError):
+    """A caption without a word that the model reads."""
+
+
 @dataclass(frozen=True)
 class WordMaps:
     """Attention maps of a caption over a picture. Not normalised; values are attention weights, zero or above.
@@ -53,13 +57,14 @@ def word_maps(model: GLSCLPreTrainedModel, processor: GLSCLProcessor, image: Any
         caption: words are what stands between white space.
 
     Raises:
-        ValueError: a caption without a word; as the model and the processor raise.
+        NoWord: a caption without a word.
+        ValueError: as the model and the processor raise.
     """
     backbone = model if isinstance(model, GLSCLModel) else model.glscl
     clip = isinstance(image, (list, tuple)) or (isinstance(image, np.ndarray) and image.ndim == 4)
     words, unread = _words(processor, caption)
     if not words:
-        raise ValueError(f"the caption {caption!r} has no word")
+        raise NoWord(f"the caption {caption!r} has no word")
     inputs = processor(**{"videos" if clip else "images": image}, text=caption).to(backbone.device)
     frames, _, height, width = inputs["pixel_values"].shape[1:]
     patch = backbone.config.patch_size

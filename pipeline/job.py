@@ -25,7 +25,7 @@ from cluster.workers import run_workers
 from pipeline.config import JobConfig
 from pipeline.errors import NonFiniteLoss
 from pipeline.evaluation.dispatcher import Dispatcher
-from pipeline.evaluation.report import html_report, print_report, text_report
+from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.scoring import scorers_of
@@ -62,14 +62,17 @@ def run_job(job: JobConfig, console: Console) -> None:
     with session(job.cluster, workers=job.train.workers):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
-            dispatcher = _dispatcher(job, storage, run, tracker, prepared)
+            report = LiveReport(run.storage, job.name, tracker)
+            dispatcher = _dispatcher(job, storage, run, report, prepared)
             dispatcher.start()
+            report.start(lambda: _unfinished(dispatcher))
             try:
                 _train(job, run, prepared, tracker, dispatcher, console)
                 _await_evaluations(dispatcher, console)
-                _close(job, run, tracker, dispatcher, console)
+                _close(job, run, tracker, dispatcher, report, console)
             finally:
                 dispatcher.stop()
+                report.stop()
 
 
 def evaluate_job(job: JobConfig, console: Console) -> None:
@@ -82,13 +85,16 @@ def evaluate_job(job: JobConfig, console: Console) -> None:
     with session(job.cluster, workers=0):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
-            dispatcher = _dispatcher(job, storage, run, tracker, prepared, retry_failed=True)
+            report = LiveReport(run.storage, job.name, tracker)
+            dispatcher = _dispatcher(job, storage, run, report, prepared, retry_failed=True)
             dispatcher.start()
+            report.start(lambda: _unfinished(dispatcher))
             try:
                 _await_evaluations(dispatcher, console)
-                _close(job, run, tracker, dispatcher, console)
+                _close(job, run, tracker, dispatcher, report, console)
             finally:
                 dispatcher.stop()
+                report.stop()
 
 
 def _open(job: JobConfig) -> Storage:
@@ -209,7 +215,7 @@ def _dispatcher(
     job: JobConfig,
     storage: Storage,
     run: RunFolder,
-    tracker: Tracker,
+    report: LiveReport,
     prepared: dict[str, PreparedDataset],
     *,
     retry_failed: bool = False,
@@ -221,7 +227,7 @@ def _dispatcher(
         {name: storage.resolve(dataset.path) for name, dataset in prepared.items()},
         tokenizer=job.model.tokenizer,
         seed=job.seed,
-        on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
+        on_result=report.add,
         retry_failed=retry_failed,
     )
 
@@ -280,32 +286,41 @@ def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:
         )
 
 
+def _unfinished(dispatcher: Dispatcher) -> int:
+    counts = dispatcher.counts()
+    return counts.running + counts.waiting
+
+
 def _close(
-    job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console
+    job: JobConfig,
+    run: RunFolder,
+    tracker: Tracker,
+    dispatcher: Dispatcher,
+    report: LiveReport,
+    console: Console,
 ) -> None:
     """The closing tables, to the terminal, the storage and MLflow; the best checkpoint gets its mark."""
-    outcomes = dispatcher.outcomes()
+    report.stop()
+    report.write()
+    outcomes = report.outcomes()
     if outcomes:
-        html, text = html_report(outcomes, job.name), text_report(outcomes)
-        run.storage.write_bytes("reports/evaluation.html", html.encode())
-        tracker.report(html, text)
         print_report(outcomes, console)
     best = dispatcher.best(job.checkpoints.keep_best) if job.checkpoints.keep_best else None
     if best is not None and job.checkpoints.keep_best is not None:
         metric = job.checkpoints.keep_best
         tracker.best(best.entry(run.storage).checkpoint, metric, best.metrics[metric.partition("/")[2]])
-    _print_places(run, tracker, console, report=bool(outcomes))
+    _print_places(run, tracker, console, report=report.address if outcomes else None)
 
 
-def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report: bool) -> None:
+def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report: str | None) -> None:
     """Where everything is, and how to open the MLflow page."""
     places = {
         "run": run.storage.url,
         "checkpoints": run.storage.url_of("checkpoints"),
         "shards": run.root.url_of("datasets"),
     }
-    if report:
-        places["report"] = run.storage.url_of("reports/evaluation.html")
+    if report is not None:
+        places["report"] = report
     uri = tracker.config.address
     places["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if tracker.config.embedded else uri
     grid = Table.grid(padding=(0, 2))

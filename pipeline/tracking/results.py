@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.tracking.links import NOTE, REPORT, evaluation_note
 from pipeline.tracking.runs import RunHandle
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class RunResults:
                     _EVALUATION: key,
                     "checkpoint": entry.checkpoint.url,
                     "task": entry.task,
+                    NOTE: evaluation_note(self._run, entry),
                     **entry.tags,
                 },
             ).info.run_id
@@ -178,7 +180,7 @@ class RunResults:
 
     def log_report(self, html: str, text: str) -> None:
         """The evaluation report as artifacts ``evaluation/report.{html,txt}`` of the parent run."""
-        self._client.log_text(self._run.run_id, html, "evaluation/report.html")
+        self._client.log_text(self._run.run_id, html, REPORT)
         self._client.log_text(self._run.run_id, text, "evaluation/report.txt")
 
     def log_dataset(self, report: str, tags: Mapping[str, str]) -> None:
