@@ -42,11 +42,20 @@ class GLSCLMatchingModel(GLSCLPreTrainedModel):
         return VisionFeatures(states + self.glscl.token_type(1, states.device), embedding)
 
     def match(
-        self, text_states: Tensor, attention_mask: Tensor, vision_states: Tensor, num_frames: int
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        vision_states: Tensor,
+        num_frames: int,
+        partner: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, 2] (column 1: it matches) of pairs of ``states`` from the two encode methods."""
+        """Logits [B, 2] (column 1: it matches) of pairs of ``states`` from the two encode methods.
+
+        ``partner`` [B]: which of the vision inputs each text meets; None: text i meets input i. An input that
+        several texts meet is read into the first fusion layer once.
+        """
         mask = valid_tokens(attention_mask)
-        return self._judge(self.glscl.fuse_classes(text_states, mask, vision_states, num_frames))
+        return self._judge(self.glscl.fuse_classes(text_states, mask, vision_states, num_frames, partner))
 
     def _judge(self, pooled: Tensor) -> Tensor:
         return self.matching_head(pooled)

@@ -182,6 +182,62 @@ def align(
     draw(image, caption, model, out, console(), resolution=resolution, frames=frames)
 
 
+@app.command()
+def scenes(
+    out: Annotated[
+        str,
+        typer.Argument(help="An empty folder, `file://` or `s3://` url.", metavar="OUT", show_default=False),
+    ],
+    objects: Annotated[
+        str | None,
+        typer.Option(
+            help="Table of cut-outs (`objects.jsonl`): a path or url. Default: the bundled emoji.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`train`, `val` or `test`, also with a count (`train=5000`). May be repeated. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Images (videos, statements) of a split in each task.")
+    ] = 500,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`retrieval`, `video`, `vqa`, `nlvr2`, `classification` or `alignment`. May be repeated. "
+            "Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything but the split.")] = 0,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another rule of the scenes, e.g. `vocabulary=64`, `width=128`; docs/scenes.md lists them. "
+            "May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    dissent: Annotated[
+        float, typer.Option(min=0, max=0.3, help="Share of VQA annotators who say something else.")
+    ] = 0.05,
+    endpoint_url: Annotated[
+        str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL, then AWS.", show_default=False)
+    ] = None,
+) -> None:
+    """Write evaluation sets with perfect ground truth for every task, in the tasks' official formats.
+
+    Example: `glscl scenes s3://bucket/scenes --split train=2000 --split test=500 --rule vocabulary=64`
+    """
+    from pipeline.scenes.command import scenes as write
+
+    write(out, console(), objects, split, count, task, seed, rule, dissent, endpoint_url)
+
+
 @app.command("verify-epoch")
 def verify_epoch(
     run: Annotated[

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.demo import emoji, emoji_media, packages
+from pipeline.demo import emoji, emoji_media, objects, packages
 from pipeline.demo.packages import NpmPackage
 from sharding.errors import StorageFault, UserError
 from sharding.seeds import derive_seed
@@ -140,6 +140,8 @@ def bundle(corpus: Path, folder: Path | None) -> None:
     _replace_folder(corpus / "images", {f"{stem}.webp": data for stem, data in stills.items()})
     _replace_folder(corpus / "clips", {f"{stem}.mp4": data for stem, data in clips.items()})
     (corpus / "images.jsonl").write_bytes(_json_lines(item.as_dict() for item in images))
+    table = objects.object_rows({stem: _word(words, stem) for stem in stills})
+    (corpus / "objects.jsonl").write_bytes(_json_lines(table))
     (corpus / "clips.jsonl").write_bytes(_json_lines(item.as_dict() for item in moving))
     size = sum(path.stat().st_size for path in corpus.rglob("*") if path.is_file())
     print(f"{len(stills)} stills, {len(clips)} clips, {size / 1e6:.2f} MB in {corpus}")
@@ -188,6 +190,7 @@ def fetch_emoji(storage: Storage, folder: Path | None) -> None:
             files[stem] = _word(words, stem)
             if not target.has(f"images/{stem}.webp"):
                 target.write(f"images/{stem}.webp", data)
+    target.close("objects.jsonl", objects.object_rows(files))
     target.close("images.jsonl", (item.as_dict() for item in emoji.image_items(files, held_out)))
 
 

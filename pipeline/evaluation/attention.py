@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from model import word_maps
 from model.alignment import NoWord
 from pipeline.alignment.picture import Panel, alignment_panels
 from pipeline.evaluation.result import Example
+from pipeline.evaluation.tasks.examples import jpeg
 from sharding.decoding import decode_image
 from sharding.errors import BadData
 from sharding.media import decode_video
@@ -29,7 +29,6 @@ log = logging.getLogger("pipeline.evaluation")
 _WORDS = 10  # of a caption
 _TRIES = 8  # samples looked at for each that is shown: some cannot be read, some captions have no word
 _SIDE, _STRIP = 160, 640  # pixels: a panel's side, and the width that the frames of a clip share
-_QUALITY = 80
 _HOW = "last fusion layer, maximum over heads; each from its lowest attention (dark) to its highest (yellow)"
 
 
@@ -103,7 +102,4 @@ def _caption(panel: Panel) -> str:
 
 def _strip(panel: Panel) -> bytes:
     """The panel's frames side by side, as JPEG."""
-    picture = Image.fromarray(np.concatenate([np.asarray(frame) for frame in panel.frames], axis=1))
-    target = io.BytesIO()
-    picture.save(target, "JPEG", quality=_QUALITY)
-    return target.getvalue()
+    return jpeg(Image.fromarray(np.concatenate([np.asarray(frame) for frame in panel.frames], axis=1)))

@@ -7,6 +7,8 @@
 What is to do follows from the storage alone, so a killed driver loses nothing. Actors live long: importing
 torch and the model costs seconds. They write the numbers to the ledger themselves; the driver then reports
 them, and reports all again at the next start, in case it died in between (reporting must be idempotent).
+
+A task whose data cannot be used is marked failed with the cause on every checkpoint that is due; the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +32,8 @@ from pipeline.evaluation.ledger import (
     checkpoint_record,
 )
 from pipeline.evaluation.runner import Runner
-from pipeline.evaluation.tasks.base import TaskConfig
+from pipeline.evaluation.schedule import Due, Schedule
+from pipeline.evaluation.versions import TaskVersions
 from sharding.errors import BadData, StorageFault
 
 if TYPE_CHECKING:
@@ -55,13 +59,19 @@ class EvaluationCounts(NamedTuple):
 
 @dataclass
 class _Slot:
-    """One actor; ``reply`` is awaited: that of its start, or of its ``assignment``. None: it is idle."""
+    """One actor; ``reply`` is awaited: that of its start, or of its work on ``due``. None: it is idle."""
 
     actor: Any
+    gpus: float
     reply: Any
     since: float
+    due: Due | None = None
     assignment: Assignment | None = None
     ready: bool = False
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.assignment is None
 
 
 class Dispatcher:
@@ -76,7 +86,9 @@ class Dispatcher:
         seed: of the run.
         on_result: told each outcome, done or given up, and at the start all earlier ones; called from the
             dispatcher's thread, must not block for long.
-        retry_failed: try what was given up in an earlier life once more.
+        retry_failed: try what is due and was given up in an earlier life once more.
+        only: names of the tasks to run; None: all.
+        every_checkpoint: run them on all checkpoints, not on those alone that the configuration says.
         runner: makes, in the actor, the function that evaluates.
         checkpoints: lists the committed checkpoints of a run.
         poll_s: seconds between two looks at the storage.
@@ -93,6 +105,8 @@ class Dispatcher:
         seed: int = 0,
         on_result: Callable[[Outcome], None] = lambda outcome: None,
         retry_failed: bool = False,
+        only: Collection[str] | None = None,
+        every_checkpoint: bool = False,
         runner: RunnerFactory = Runner,
         checkpoints: Callable[[Storage], Sequence[Checkpoint]] | None = None,
         poll_s: float = 3.0,
@@ -101,20 +115,21 @@ class Dispatcher:
             from pipeline.training.checkpoints import list_checkpoints
 
             checkpoints = list_checkpoints
-        self._run, self._config, self._storage, self._datasets = run, config, storage, datasets
+        self._run, self._concurrent, self._storage, self._datasets = run, config.concurrent, storage, datasets
         self._seed = seed
         self._tokenizer, self._on_result, self._runner = tokenizer, on_result, runner
         self._list, self._poll_s = checkpoints, poll_s
-        self._digests = {task.name: task.data_digest(storage, datasets) for task in config.tasks}
+        self._schedule = Schedule(config, only=only, every_checkpoint=every_checkpoint)
+        self._versions = TaskVersions(config.tasks, storage, datasets)
         self._ledger = Ledger(run)
-        if retry_failed:
-            self._ledger.retry_failed()
+        self._retry_failed = retry_failed
+        self._retried: set[EvaluationKey] = set()
         self._slots: list[_Slot] = []
-        self._open: list[tuple[EvaluationKey, Checkpoint, TaskConfig, EvaluationState]] = []
+        self._open: list[Due] = []
         self._counts = EvaluationCounts(0, 0, 0, 0)
         self._reported: set[EvaluationKey] = set()
         self._looked = float("-inf")
-        self._replayed = False
+        self._replayed = 0  # how many tasks' earlier outcomes are reported
         self._over = False  # no checkpoint will be added any more
         self._settled = False  # and all that are there are finished
         self._failed_starts = 0
@@ -171,20 +186,24 @@ class Dispatcher:
     def pinned(self) -> set[int]:
         """Steps whose checkpoints retention must keep: an evaluation of theirs is due and not finished.
 
-        Looks at the storage afresh: a checkpoint committed a moment ago is pinned already.
+        Looks at the storage afresh: a checkpoint committed a moment ago is pinned already. All are, while it is not
+        yet known what some task is measured on: what is done, and which is the best, cannot be told before.
         """
-        states = self._ledger.states()
-        return {
-            checkpoint.step
-            for checkpoint in self._due(self._list(self._run))
-            for task in self._config.tasks
-            if states.get(self._key(checkpoint, task), EvaluationState()).open
-        }
+        known = self._versions.complete  # before the listings
+        checkpoints = self._list(self._run)
+        if not known:
+            return {checkpoint.step for checkpoint in checkpoints}
+        return {due.checkpoint.step for due in self._all_due(checkpoints, over=self._over) if due.state.open}
+
+    @property
+    def ledger(self) -> Ledger:
+        """The run's ledger: its items and examples are read from any thread."""
+        return self._ledger
 
     def outcomes(self) -> list[Outcome]:
         """All outcomes of the configured tasks in their present version, by step."""
-        versions = {(task.name, self._version(task)) for task in self._config.tasks}
-        return [o for o in self._ledger.outcomes() if (o.task, o.version) in versions]
+        present = self._versions.present()
+        return [o for o in self._ledger.outcomes() if (o.task, o.version) in present]
 
     def best(self, metric: str) -> Outcome | None:
         """The outcome with the best ``TASK/METRIC`` so far."""
@@ -197,46 +216,60 @@ class Dispatcher:
 
     # What is to do.
 
-    def _version(self, task: TaskConfig) -> str:
-        return task.version(self._digests[task.name])
-
-    def _key(self, checkpoint: Checkpoint, task: TaskConfig) -> EvaluationKey:
-        return EvaluationKey(checkpoint.digest[:16], task.name, self._version(task))
-
-    def _due(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        if self._config.after == "checkpoint":
-            return list(checkpoints)
-        last = list(checkpoints[-1:]) if self._over else []
-        if self._config.after == "end":
-            return last
-        ends = [checkpoint for checkpoint in checkpoints if checkpoint.record.get("stage_end")]
-        return ends + [checkpoint for checkpoint in last if checkpoint not in ends]
+    def _all_due(self, checkpoints: Sequence[Checkpoint], *, over: bool) -> list[Due]:
+        """Every evaluation that the tasks known so far ask for, finished or not, with its state in the ledger."""
+        states = self._ledger.states()
+        found = []
+        for task in self._schedule.tasks:
+            known = self._versions.get(task)
+            if known is None:
+                continue
+            for checkpoint in self._schedule.due(task, checkpoints, over=over):
+                key = EvaluationKey(checkpoint.digest[:16], task.name, known.version)
+                state = states.get(key, EvaluationState())
+                found.append(Due(key, checkpoint, task, self._schedule.limits(task), state))
+        return found
 
     def _look(self) -> None:
         """Compares checkpoints with the ledger; reports outcomes that have not been reported in this life."""
-        over = self._over  # before the listing: only then it holds all there will ever be
-        checkpoints = self._due(self._list(self._run))
-        states = self._ledger.states()
-        if not self._replayed:
+        over, complete = self._over, self._versions.complete  # before the listing: only then it holds all
+        known = len(self._versions.present())
+        due = self._all_due(self._list(self._run), over=over)
+        if known > self._replayed:
             for outcome in self.outcomes():
                 self._report(outcome)
-            self._replayed = True
+            self._replayed = known
         running = {slot.assignment.key for slot in self._slots if slot.assignment is not None}
-        self._open, done, failed = [], 0, 0
-        for checkpoint in checkpoints:
-            for task in self._config.tasks:
-                key = self._key(checkpoint, task)
-                state = states.get(key, EvaluationState())
-                done, failed = done + state.done, failed + (state.failed and not state.done)
-                if not state.open:
-                    if key not in self._reported:
-                        self._report_key(key)
-                elif key not in running:
-                    self._open.append((key, checkpoint, task, state))
+        waiting, done, failed = [], 0, 0
+        for one in due:
+            state = self._settle(one)
+            done, failed = done + state.done, failed + (state.failed and not state.done)
+            if not state.open:
+                if one.key not in self._reported:
+                    self._report_key(one.key)
+            elif one.key not in running:
+                waiting.append(one)
+        self._open = self._schedule.ordered(waiting)
         with self._changed:
-            self._settled = over and not running and not self._open
+            self._settled = over and complete and not running and not self._open
             self._counts = EvaluationCounts(done, failed, len(running), len(self._open))
             self._changed.notify_all()
+
+    def _settle(self, due: Due) -> EvaluationState:
+        """The state of an evaluation, once what is known without running it is in the ledger."""
+        state = due.state
+        if self._retry_failed and due.key not in self._retried:
+            self._retried.add(due.key)
+            if state.failed and not state.done:
+                self._ledger.reopen(due.key)
+                state.failed, state.failures = False, 0
+        known = self._versions.get(due.task)
+        assert known is not None
+        if known.fault is not None and state.open:
+            attempt = self._ledger.claim(due.key, state.attempts)
+            self._ledger.fail(self._assignment(due, attempt).outcome(cause=known.fault), give_up=True)
+            state.failed = True
+        return state
 
     def _report_key(self, key: EvaluationKey) -> None:
         try:
@@ -260,6 +293,9 @@ class Dispatcher:
                         self._looked = time.monotonic()
                         self._look()
                     self._assign()
+                    if self._versions.learn():  # one at a time: it may take long
+                        self._looked = float("-inf")
+                        continue
                 except StorageFault as error:
                     log.warning("evaluations wait for the storage: %s", error)
                     self._stop.wait(self._poll_s)
@@ -285,13 +321,15 @@ class Dispatcher:
             if ray.wait([slot.reply], timeout=0)[0]:
                 self._take(slot)
                 changed = True
-            elif slot.assignment is not None and late > self._config.timeout_s:
+            elif slot.due is not None and late > slot.due.limits.timeout_s:
                 self._discard(slot)
-                self._fail(slot, Failure(f"took longer than {self._config.timeout_s:g} s", permanent=False))
+                cause = f"took longer than {slot.due.limits.timeout_s:g} s"
+                self._fail(slot, Failure(cause, permanent=False))
                 changed = True
-            elif slot.assignment is None and late > _PATIENCE_S and not self._warned_waiting:
+            elif slot.due is None and late > _PATIENCE_S and not self._warned_waiting:
                 self._warned_waiting = True
-                log.warning('evaluations wait for a free "%s" slot of the cluster', RESOURCE)
+                needs = f" and {slot.gpus:g} GPUs" if slot.gpus else ""
+                log.warning('evaluations wait for a free "%s" slot%s of the cluster', RESOURCE, needs)
         return changed
 
     def _take(self, slot: _Slot) -> None:
@@ -317,66 +355,83 @@ class Dispatcher:
             self._fail(slot, answer)
         else:
             log.info("evaluated %s of step %d", answer.task, answer.step)
-            slot.assignment = None
+            slot.assignment = slot.due = None
 
     def _fail(self, slot: _Slot, failure: Failure) -> None:
-        assignment = slot.assignment
+        assignment, due = slot.assignment, slot.due
         assert assignment is not None
-        slot.assignment = None  # first: if the storage fails now, the evaluation is simply open again
+        assert due is not None
+        slot.assignment = slot.due = (
+            None  # first: if the storage fails now, the evaluation is simply open again
+        )
         tried = self._ledger.states().get(assignment.key, EvaluationState()).failures + 1
-        give_up = failure.permanent or tried >= self._config.attempts
+        give_up = failure.permanent or tried >= due.limits.attempts
         outcome = assignment.outcome(cause=failure.cause)
         self._ledger.fail(outcome, give_up=give_up)
         log.error(
             "evaluation %s of step %d failed (%s): %s",
             outcome.task,
             outcome.step,
-            "given up" if give_up else f"attempt {tried} of {self._config.attempts}",
+            "given up" if give_up else f"attempt {tried} of {due.limits.attempts}",
             failure.cause,
         )
 
     def _assign(self) -> None:
-        for slot in self._slots:
-            if self._open and slot.assignment is None and slot.ready:
-                self._begin(slot)
-        # One more actor if there is work that no actor, ready or about to be, would take.
-        free = sum(slot.assignment is None for slot in self._slots)
-        if len(self._open) > free and len(self._slots) < self._config.concurrent:
-            self._slots.append(self._new_slot())
+        """Gives what waits to actors, in order; starts one where none, ready or about to be, would take it."""
+        coming = Counter(slot.gpus for slot in self._slots if not slot.ready)
+        for due in list(self._open):
+            idle = [slot for slot in self._slots if slot.idle]
+            if not idle and len(self._slots) >= self._concurrent:
+                return
+            wanted = due.limits.gpus
+            fitting = next((slot for slot in idle if slot.gpus == wanted), None)
+            if fitting is not None:
+                self._open.remove(due)
+                self._begin(fitting, due)
+            elif coming[wanted]:
+                coming[wanted] -= 1
+            else:
+                if len(self._slots) >= self._concurrent:
+                    self._discard(idle[0])  # has other GPUs than are needed next
+                self._slots.append(self._new_slot(wanted))
 
-    def _begin(self, slot: _Slot) -> None:
-        key, checkpoint, task, state = self._open.pop(0)
-        attempt = self._ledger.claim(key, state.attempts)
-        slot.assignment = Assignment(
+    def _assignment(self, due: Due, attempt: int) -> Assignment:
+        task, known = due.task, self._versions.get(due.task)
+        assert known is not None
+        return Assignment(
             run=self._run,
-            checkpoint=checkpoint,
-            checkpoint_record=checkpoint_record(checkpoint),
+            checkpoint=due.checkpoint,
+            checkpoint_record=checkpoint_record(due.checkpoint),
             task=task,
-            version=key.version,
+            version=known.version,
             storage=self._storage,
-            dataset=None if task.dataset_name is None else self._datasets[task.dataset_name],
-            data_digest=self._digests[task.name],
+            dataset=None if task.dataset_name is None else self._datasets.get(task.dataset_name),
+            data_digest=known.data_digest,
             tokenizer=self._tokenizer,
             seed=self._seed,
             attempt=attempt,
             started=time.time(),
         )
+
+    def _begin(self, slot: _Slot, due: Due) -> None:
+        attempt = self._ledger.claim(due.key, due.state.attempts)
+        slot.due, slot.assignment = due, self._assignment(due, attempt)
         slot.since = time.monotonic()
         slot.reply = slot.actor.evaluate.remote(slot.assignment)
         with self._changed:
             counts = self._counts
             self._counts = counts._replace(running=counts.running + 1, waiting=max(0, counts.waiting - 1))
 
-    def _new_slot(self) -> _Slot:
+    def _new_slot(self, gpus: float) -> _Slot:
         import ray
 
         # No CPUs of Ray's: they all belong to the training workers, and the evaluation would wait for ever.
         actor = (
             ray.remote(EvaluationActor)
-            .options(num_cpus=0, num_gpus=self._config.gpus, resources={RESOURCE: 1}, max_restarts=0)
+            .options(num_cpus=0, num_gpus=gpus, resources={RESOURCE: 1}, max_restarts=0)
             .remote(self._runner)
         )
-        return _Slot(actor, actor.ready.remote(), time.monotonic())
+        return _Slot(actor, gpus, actor.ready.remote(), time.monotonic())
 
     def _discard(self, slot: _Slot) -> None:
         self._slots.remove(slot)

@@ -283,16 +283,13 @@ class Ledger:
                 "damaged-record", f"{self._run.url_of(self.file_path(outcome, name))}: {error}"
             ) from None
 
-    def retry_failed(self) -> int:
-        """Opens again what was given up; returns how many."""
-        given_up = [key for key, state in self.states().items() if state.failed and not state.done]
-        names = [file.path for file in self._run.list(FOLDER)]
-        for key in given_up:
-            for name in names:
-                if name.startswith((f"{key.path}.failure-", f"{key.path}.failed.")):
-                    self._run.delete(name)
-            self._outcomes.pop(f"{key.path}.failed.json", None)
-        return len(given_up)
+    def reopen(self, key: EvaluationKey) -> None:
+        """Opens again what was given up; its attempts count from none."""
+        folder = f"{FOLDER}/{key.digest}"
+        for file in list(self._run.list(folder)):
+            if file.path.startswith((f"{key.path}.failure-", f"{key.path}.failed.")):
+                self._run.delete(file.path)
+        self._outcomes.pop(f"{key.path}.failed.json", None)
 
     def outcome(self, key: EvaluationKey) -> Outcome:
         """Of an evaluation that is done or given up.

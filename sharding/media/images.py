@@ -81,6 +81,16 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return np.asarray(composited(_upright_srgb(data, None, max_pixels).image, "white"))
 
 
+@decoding()
+def decode_cutout(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 4]: as ``decode_image``, with its alpha; an image without has 255 everywhere.
+
+    Raises:
+        BadData: ``decode-failed``, or ``too-many-pixels`` (known from the header).
+    """
+    return np.asarray(_upright_srgb(data, None, max_pixels).image.convert("RGBA"))
+
+
 def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:
     """The image as a shard stores it: whole image decoded (so that a broken one is found), shrunk, oriented.
 

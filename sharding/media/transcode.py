@@ -82,7 +82,7 @@ def cut_video(data: bytes, config: VideoConfig) -> Iterator[Encoded | BadData]:
             if number == 0:
                 raise BadData("decode-failed", "the clip has no frames")
             return
-        encoded = _encode_h264(chain([first], islice(frames, length - 1)), fps, config)
+        encoded = encode_h264(chain([first], islice(frames, length - 1)), fps, config)
         if number > 0 and encoded.info.duration < min(config.min_clip_s, float(length / fps)):
             return
         yield encoded if len(encoded.data) <= config.max_bytes else _too_large(encoded, config)
@@ -159,7 +159,8 @@ def _at_rate(
         slot += 1
 
 
-def _encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig) -> Encoded:
+def encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig) -> Encoded:
+    """The clip of these frames (uint8 [H, W, 3], at least one, of one size) as a shard stores clips."""
     import av
 
     options = {

@@ -22,6 +22,7 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
     from sharding.sources.caption_files import CocoListing, KarpathyListing
     from sharding.sources.folder import FolderListing
     from sharding.sources.huggingface import HuggingFaceListing
+    from sharding.sources.scenes import ScenesListing
     from sharding.sources.table import TableListing
     from sharding.sources.tars import WebDatasetListing
 
@@ -39,6 +40,8 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
             return WebDatasetListing(source, config.input_modality, storage)
         case "huggingface":
             return HuggingFaceListing(source)
+        case "scenes":
+            return ScenesListing(source, config.input_modality, storage)
 
 
 def open_fetcher(config: PrepareConfig, storage: Storage, base: str) -> Fetcher:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sharding.scenes.config import SceneRules
 from sharding.storage import normalise_url
 
 Scalar = str | int | float | bool
@@ -218,8 +219,36 @@ class HuggingFaceSource(_Block):
         return self
 
 
+class ScenesSource(SceneRules):
+    """Made-up scenes of real cut-outs, with true captions: images, or clips where the source is of videos.
+
+    ``objects``: a table of cut-outs (``sharding/scenes/objects.py`` says what is in it). Scenes are drawn and
+    rendered in the tasks; scene ``n`` is the same in every dataset of equal rules, whatever ``count``.
+    """
+
+    kind: Literal["scenes"]
+    objects: str = Field(description="a .jsonl file, file:// or s3:// url; see docs/scenes.md")
+    count: int = Field(ge=1, description="scenes: the first so many of the split")
+
+    @field_validator("objects")
+    @classmethod
+    def _absolute(cls, objects: str) -> str:
+        return normalise_url(objects)
+
+    @property
+    def rules(self) -> SceneRules:
+        """What the scenes are like, without where they come from and how many are taken."""
+        return SceneRules(**{name: getattr(self, name) for name in SceneRules.model_fields})
+
+
 SourceConfig = Annotated[
-    FolderSource | TableSource | CocoSource | KarpathySource | WebDatasetSource | HuggingFaceSource,
+    FolderSource
+    | TableSource
+    | CocoSource
+    | KarpathySource
+    | WebDatasetSource
+    | HuggingFaceSource
+    | ScenesSource,
     Field(discriminator="kind"),
 ]
 

@@ -1,7 +1,7 @@
 """Reading the media and sidecars that a source lists: bounded bytes and time, several at once, in order.
 
-Where media lie decides who reads them: ``Downloader`` (http), ``MediaRows`` (Hugging Face), the storage (files,
-and members of tars by range).
+Where media lie decides who reads them: ``Downloader`` (http), ``MediaRows`` (Hugging Face), the storage (files, and
+members of tars by range). ``SceneMedia`` makes them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,27 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from sharding.errors import BadData, UserError
 from sharding.sources.addresses import WEB, public_address, scheme_of
 from sharding.sources.base import Input, Member
 from sharding.sources.budget import ByteBudget, Lease
-from sharding.sources.config import FetchConfig, HuggingFaceSource, SourceConfig, WebDatasetSource
+from sharding.sources.config import (
+    FetchConfig,
+    HuggingFaceSource,
+    ScenesSource,
+    SourceConfig,
+    WebDatasetSource,
+)
 from sharding.sources.huggingface import MediaRows
 from sharding.sources.tars import member_captions
 from sharding.sources.web import Downloader
 from sharding.storage import Storage
+
+if TYPE_CHECKING:
+    from sharding.sources.scenes import SceneMedia
 
 __all__ = ["MAX_SIDECAR_BYTES", "Fetched", "Fetcher", "public_address"]
 
@@ -63,6 +73,7 @@ class Fetcher:
         self, storage: Storage, base: str, source: SourceConfig, config: FetchConfig, max_bytes: int
     ) -> None:
         self._config, self._max_bytes = config, max_bytes
+        self._scenes = _scene_media(source, storage)
         self._rows = MediaRows(source) if isinstance(source, HuggingFaceSource) else None
         # A dataset of the hub has no folder, and its inputs name rows or urls only.
         self._base = storage if self._rows is not None else storage.resolve(base)
@@ -111,6 +122,10 @@ class Fetcher:
             return Fetched(item, fault=fault)
 
     def _fetch(self, item: Input, lease: Lease) -> Fetched:
+        if self._scenes is not None:
+            made, media = self._scenes.read(item)
+            lease.reserve(len(media))
+            return Fetched(made, media=media)
         if item.size is not None:
             if item.size > self._max_bytes:
                 raise BadData("too-many-bytes", f"{item.size}, more than {self._max_bytes}")
@@ -220,6 +235,14 @@ class Fetcher:
             return self._roots[root], path
         except UserError as error:
             raise BadData("bad-address", str(error)) from None
+
+
+def _scene_media(source: SourceConfig, storage: Storage) -> SceneMedia | None:
+    if not isinstance(source, ScenesSource):
+        return None
+    from sharding.sources.scenes import SceneMedia  # loads PIL and all that composes scenes
+
+    return SceneMedia(source, storage)
 
 
 def _first(waiting: deque[tuple[Future[Fetched], Lease]]) -> Iterator[Fetched]:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.evaluation.actor import Assignment
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.result import Family, Measured, TaskResult
+from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
 from pipeline.training.checkpoints import Checkpoint
 from sharding.manifest import Counts, Manifest
@@ -37,9 +39,14 @@ class EvaluationRun:
         record = {"stage_end": step % 20 == 0, "files": {}}
         return Checkpoint(step, step // 21, f"checkpoints/step-{step:08d}", digest, record)
 
-    def config(self, *names: str, **options: object) -> EvaluateConfig:
-        tasks = [RetrievalTask(name=name, dataset="pairs") for name in names or ("retrieval",)]
-        return EvaluateConfig.model_validate({"tasks": tasks, **options})
+    def config(self, *tasks: str | TaskConfig, **options: object) -> EvaluateConfig:
+        made = [task(one) if isinstance(one, str) else one for one in tasks or ("retrieval",)]
+        return EvaluateConfig.model_validate({"tasks": made, **options})
+
+
+def task(name: str, **options: Any) -> RetrievalTask:
+    """A task on the run's dataset."""
+    return RetrievalTask(name=name, dataset="pairs", **options)
 
 
 def make_run(folder: Path, steps: list[int]) -> EvaluationRun:
@@ -61,7 +68,7 @@ def make_run(folder: Path, steps: list[int]) -> EvaluationRun:
 @dataclass(frozen=True)
 class Script:
     """An evaluation that notes each attempt in a file and does what ``steps`` says for the step of the
-    checkpoint.
+    checkpoint: actions of :func:`act`, ``X-of-TASK`` for one task alone.
     """
 
     notes: Path
@@ -76,7 +83,9 @@ class Script:
         with self.notes.open("a") as file:
             file.write(f"{assignment.task.name} {step}\n")
         for action in self.steps.get(step, "").split():
-            act(action, earlier)
+            what, _, name = action.partition("-of-")
+            if name in ("", assignment.task.name):
+                act(what, earlier)
         metrics = {
             name: Measured(np.full(4, value))
             for name, value in (("t2i_R10", step / 100), ("i2t_R10", step / 200))

@@ -5,8 +5,9 @@ driver.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.ledger import Ledger, Outcome
-from sharding.errors import StorageFault
-from tests.pipeline.evaluation_run import EvaluationRun, Script, make_run
+from pipeline.evaluation.tasks.base import TaskConfig
+from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
+from sharding.errors import StorageFault, UserError
+from sharding.storage import Storage
+from tests.pipeline.evaluation_run import EvaluationRun, Script, make_run, task
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -30,8 +34,9 @@ def script(tmp_path: Path) -> Callable[..., Script]:
     return lambda steps=None: Script(tmp_path / "notes.txt", steps or {})
 
 
-def dispatcher(run: EvaluationRun, script: Script, *names: str, **options: Any) -> Dispatcher:
-    own = {k: options.pop(k) for k in ("on_result", "retry_failed") if k in options}
+def dispatcher(run: EvaluationRun, script: Script, *names: str | TaskConfig, **options: Any) -> Dispatcher:
+    names_of_own = ("on_result", "retry_failed", "only", "every_checkpoint")
+    own = {k: options.pop(k) for k in names_of_own if k in options}
     return Dispatcher(
         run.run,
         run.config(*names, **options),
@@ -93,7 +98,7 @@ def test_failures_are_retried_then_recorded_with_their_cause_and_stop_nothing(
     one.start()
     assert one.wait(120)
     one.stop()
-    assert [step for _, step in acting.attempts()] == [10, 10, 20, 20, 30]
+    assert [step for _, step in acting.attempts()] == [30, 20, 10, 20, 10]  # what failed waits for the others
     causes = {o.step: o.cause for o in told}
     assert causes == {10: None, 20: causes[20], 30: None}
     assert "RuntimeError: it broke at evaluation_run.py" in str(causes[20])
@@ -133,7 +138,7 @@ def test_a_damaged_checkpoint_is_marked_failed_at_once_with_the_cause(
     one.start()
     assert one.wait(60)
     one.stop()
-    assert [step for _, step in acting.attempts()] == [10, 20, 30]
+    assert [step for _, step in acting.attempts()] == [30, 20, 10]
     assert [o.cause for o in one.outcomes() if o.cause] == [
         "sha256-mismatch: model.safetensors is not what was committed"
     ]
@@ -142,7 +147,7 @@ def test_a_damaged_checkpoint_is_marked_failed_at_once_with_the_cause(
 def test_what_ran_when_the_driver_died_is_run_again(
     run: EvaluationRun, script: Callable[..., Script]
 ) -> None:
-    hanging = script({10: "once-hang"})
+    hanging = script({30: "once-hang"})
     one = dispatcher(run, hanging)
     one.start()
     until(lambda: len(hanging.attempts()) == 1)
@@ -152,7 +157,7 @@ def test_what_ran_when_the_driver_died_is_run_again(
     two.start()
     assert two.wait(60)
     two.stop()
-    assert [step for _, step in script().attempts()] == [10, 10, 20, 30]
+    assert [step for _, step in script().attempts()] == [30, 30, 20, 10]
     assert two.counts() == (3, 0, 0, 0)
 
 
@@ -160,9 +165,10 @@ def test_evaluations_after_stages_or_at_the_end_are_for_those_checkpoints_alone(
     run: EvaluationRun, script: Callable[..., Script]
 ) -> None:
     stages = dispatcher(run, script(), after="stage")
-    assert stages.pinned() == {20}
+    assert stages.pinned() == {10, 20, 30}  # it has not looked at the data yet
     stages.start()
     until(lambda: len(script().attempts()) == 1)
+    assert stages.pinned() <= {20}
     assert stages.wait(60)  # the training is over: the last counts too
     stages.stop()
     assert [step for _, step in script().attempts()] == [20, 30]
@@ -220,3 +226,176 @@ def test_a_run_without_tasks_has_nothing_to_wait_for(
     assert one.wait(10)
     one.stop()
     assert one.pinned() == set()
+
+
+def finished(one: Dispatcher) -> None:
+    one.start()
+    assert one.wait(120)
+    one.stop()
+
+
+def test_each_task_has_its_own_checkpoints_attempts_limit_and_priority(
+    run: EvaluationRun, script: Callable[..., Script]
+) -> None:
+    acting = script({20: "raise-of-stubborn hang-of-slow"})
+    one = dispatcher(
+        run,
+        acting,
+        task("late", after="end", priority=5),
+        task("stubborn", after="stage", attempts=3),
+        task("slow", after="stage", attempts=1, timeout_s=3.0),
+        task("usual"),
+        after="checkpoint",
+        attempts=2,
+        timeout_s=600,
+    )
+    one.start()
+    until(lambda: ("usual", 10) in acting.attempts())  # the training still runs: nothing is the end yet
+    assert not [name for name, _ in acting.attempts() if name == "late"]
+    assert one.wait(120)
+    one.stop()
+    attempts = acting.attempts()
+    assert {
+        name: sorted(s for n, s in attempts if n == name) for name in ("late", "stubborn", "slow", "usual")
+    } == {
+        "late": [30],
+        "stubborn": [20, 20, 20, 30],
+        "slow": [20, 30],
+        "usual": [10, 20, 30],
+    }
+    assert {(o.task, o.step): o.cause for o in one.outcomes() if o.cause} == {
+        ("stubborn", 20): next(o.cause for o in one.outcomes() if o.task == "stubborn" and o.cause),
+        ("slow", 20): "took longer than 3 s",
+    }
+
+
+def test_an_actor_has_the_gpus_of_the_task_it_runs(
+    run: EvaluationRun, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    real = Dispatcher._new_slot
+
+    def without_gpus(self: Dispatcher, gpus: float) -> Any:  # there are none here
+        asked.append(gpus)
+        slot = real(self, 0.0)
+        slot.gpus = gpus
+        return slot
+
+    monkeypatch.setattr(Dispatcher, "_new_slot", without_gpus)
+    begun: list[tuple[str, float]] = []
+    begin = Dispatcher._begin
+
+    def noted(self: Dispatcher, slot: Any, due: Any) -> None:
+        begun.append((due.task.name, slot.gpus))
+        begin(self, slot, due)
+
+    monkeypatch.setattr(Dispatcher, "_begin", noted)
+    finished(dispatcher(run, script(), task("none", priority=1, gpus=0), task("block"), gpus=0.25))
+    assert asked == [0.0, 0.25]  # the one process makes room for the other, once
+    assert begun == [("none", 0.0)] * 3 + [("block", 0.25)] * 3
+
+
+class Broken(RetrievalTask):
+    """Its data are missing until ``there`` is a file."""
+
+    there: Path
+
+    def data_digest(self, storage: Storage, datasets: Mapping[str, Storage]) -> str:
+        if not self.there.exists():
+            raise UserError(f"evaluate task {self.name!r}, annotations: there is no {self.there}")
+        return super().data_digest(storage, datasets)
+
+
+def test_a_task_without_its_data_fails_with_the_cause_and_the_others_go_on(
+    run: EvaluationRun,
+    script: Callable[..., Script],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    there, line = tmp_path / "annotations.json", "annotations: there is no"
+    broken = Broken(name="broken", dataset="pairs", there=there)
+    told: list[Outcome] = []
+    one = dispatcher(run, script(), broken, "images", on_result=told.append, after="stage")
+    with caplog.at_level(logging.ERROR):
+        finished(one)
+    assert sorted(script().attempts()) == [("images", 20), ("images", 30)]
+    assert one.counts() == (2, 2, 0, 0)
+    causes = {(o.task, o.step): o.cause for o in told}
+    assert sorted(causes) == [("broken", 20), ("broken", 30), ("images", 20), ("images", 30)]
+    assert all(line in str(causes["broken", step]) for step in (20, 30))
+    assert len([r for r in caplog.records if line in r.getMessage()]) == 1  # one line, not one a checkpoint
+    assert one.pinned() == set()
+    # Still missing: nothing new is recorded. There at last: everything that is due is evaluated.
+    before = sorted(file.path for file in run.run.list())
+    finished(dispatcher(run, script(), broken, "images", after="stage"))
+    assert sorted(file.path for file in run.run.list()) == before
+    there.write_text("{}")
+    mended = dispatcher(run, script(), broken, "images", after="stage")
+    finished(mended)
+    assert sorted(script().attempts())[:2] == [("broken", 20), ("broken", 30)]
+    assert mended.counts() == (4, 0, 0, 0)
+    assert [o.cause for o in mended.outcomes()] == [None] * 4
+
+
+def test_a_storage_that_is_away_while_a_tasks_data_are_read_delays_that_task_only(
+    run: EvaluationRun, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [3]
+    real = RetrievalTask.data_digest
+
+    def faulty(self: RetrievalTask, *arguments: Any) -> str:
+        if self.name == "away" and left[0]:
+            left[0] -= 1
+            raise StorageFault("s3://elsewhere: timed out")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(RetrievalTask, "data_digest", faulty)
+    one = dispatcher(run, script(), "near", "away")
+    finished(one)
+    assert left == [0]
+    assert one.counts() == (6, 0, 0, 0)
+
+
+def test_a_start_does_not_wait_for_the_digests_of_the_data(
+    run: EvaluationRun, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+    real = RetrievalTask.data_digest
+
+    def slow(self: RetrievalTask, *arguments: Any) -> str:
+        assert held.wait(60)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(RetrievalTask, "data_digest", slow)
+    one = dispatcher(run, script())
+    one.start()
+    assert not one.wait(0.5)
+    assert one.pinned() == {10, 20, 30}  # none may be deleted before it is known what is done
+    assert one.outcomes() == []
+    held.set()
+    assert one.wait(60)
+    one.stop()
+    assert one.pinned() == set()
+
+
+def test_what_has_no_result_of_the_present_version_is_evaluated_on_request(
+    run: EvaluationRun, script: Callable[..., Script]
+) -> None:
+    finished(dispatcher(run, script(), "images", "clips", after="end"))
+    assert sorted(script().attempts()) == [("clips", 30), ("images", 30)]
+    # A task of another version, and only it: what is due as configured, then all that is missing.
+    newer = task("images", rerank=3)
+    finished(dispatcher(run, script(), newer, "clips", after="end", only=["images"]))
+    assert script().attempts()[2:] == [("images", 30)]
+    finished(dispatcher(run, script(), newer, "clips", after="end", only=["images"], every_checkpoint=True))
+    assert script().attempts()[3:] == [("images", 20), ("images", 10)]
+    steps = [o.step for o in Ledger(run.run).outcomes() if o.task == "images"]
+    assert sorted(steps) == [10, 20, 30, 30]  # the older version's is kept
+
+
+def test_only_what_is_due_is_tried_again(run: EvaluationRun, script: Callable[..., Script]) -> None:
+    finished(dispatcher(run, script({20: "raise"}), "images", "clips", attempts=1))
+    mended = script()
+    finished(dispatcher(run, mended, "images", "clips", retry_failed=True, only=["clips"]))
+    assert mended.attempts()[6:] == [("clips", 20)]
+    assert {(o.task, o.step) for o in Ledger(run.run).outcomes() if o.cause} == {("images", 20)}

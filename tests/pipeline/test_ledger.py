@@ -60,7 +60,7 @@ def test_the_first_result_stays(tmp_path: Path) -> None:
     assert Ledger(storage).states()[KEY].done
 
 
-def test_what_was_given_up_keeps_its_cause_until_it_is_retried(tmp_path: Path) -> None:
+def test_what_was_given_up_keeps_its_cause_until_it_is_opened_again(tmp_path: Path) -> None:
     ledger = Ledger(open_storage(tmp_path))
     ledger.claim(KEY, 0)
     ledger.fail(outcome(metrics={}, cause="disk full"), give_up=False)
@@ -71,7 +71,7 @@ def test_what_was_given_up_keeps_its_cause_until_it_is_retried(tmp_path: Path) -
     assert not state.open
     assert (state.attempts, state.failures, state.failed) == (2, 2, True)
     assert [o.cause for o in Ledger(open_storage(tmp_path)).outcomes()] == ["disk full"]
-    assert ledger.retry_failed() == 1
+    ledger.reopen(KEY)
     state = ledger.states()[KEY]
     assert state.open
     assert (state.attempts, state.failures) == (2, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,10 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLProcessor
+from pipeline.evaluation.result import TaskResult
 from pipeline.evaluation.tasks.base import TaskContext
-from pipeline.evaluation.tasks.retrieval import task as retrieval
+from pipeline.evaluation.tasks.retrieval import gallery, ranking
 from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
-from pipeline.evaluation.tasks.retrieval.ranking import chance, ranks_of, recall, reranked, shortlist
+from pipeline.evaluation.tasks.retrieval.gallery import Gallery
+from pipeline.evaluation.tasks.retrieval.pairs import Pairs
+from pipeline.evaluation.tasks.retrieval.ranking import (
+    chance,
+    ranks_of,
+    recall,
+    reranked,
+    search,
+    shortlist,
+)
+from pipeline.evaluation.tasks.retrieval.states import TextStates
+from pipeline.evaluation.tasks.retrieval.task import evaluate
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.reader import RawSample
 from sharding.storage import open_storage
@@ -51,22 +63,49 @@ def test_a_constant_embedding_is_last_not_first(value: float) -> None:
     assert ranks.tolist() == [20] * 20
 
 
+def owned_problem(queries: int, candidates: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with many ties, and the owners of queries and candidates: three queries to one candidate's owner."""
+    scores, _ = random_problem(queries, candidates, seed)
+    return scores, torch.arange(queries) // 3, torch.arange(candidates)
+
+
 def test_reranking_reorders_the_shortlist_and_nothing_else() -> None:
-    scores, positive = random_problem(50, 40, 1)
+    scores, query_owner, owner = owned_problem(50, 40, 1)
     k = 8
-    chosen = shortlist(scores, positive, k, TIE)
-    assert chosen.shape == (50, k)
+    found = search(lambda part: scores[part], query_owner, owner, k, TIE)
+    assert found.shortlist.shape == (50, k)
     new = torch.randn(50, k, generator=torch.Generator().manual_seed(2))
-    listed = positive.gather(1, chosen)
-    ranks = ranks_of(scores, positive, TIE)
-    after = reranked(ranks, new, listed, TIE)
+    listed = owner[found.shortlist] == query_owner[:, None]
+    after = reranked(found, new, query_owner, owner, TIE)
+    assert 0 < listed.any(1).sum() < 50
     for q in range(50):
+        assert after.shortlist[q].tolist() == found.shortlist[q][new[q].argsort(descending=True)].tolist()
+        assert after.scores[q].tolist() == sorted(new[q].tolist(), reverse=True)
         if listed[q].any():
-            assert after[q] == plain_rank(new[q].tolist(), listed[q].tolist())
-            assert after[q] <= k
+            assert after.ranks[q] == plain_rank(new[q].tolist(), listed[q].tolist())
+            assert after.ranks[q] <= k
         else:
-            assert after[q] == ranks[q]
-            assert after[q] > k
+            assert after.ranks[q] == found.ranks[q]
+            assert after.ranks[q] > k
+
+
+def test_a_search_in_blocks_finds_what_one_in_one_piece_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, query_owner, owner = owned_problem(50, 40, 4)
+    whole = search(lambda part: scores[part], query_owner, owner, 8, TIE)
+    sizes: list[int] = []
+    monkeypatch.setattr(ranking, "_SCORES", 7 * 40)
+
+    def rows(part: slice) -> Tensor:
+        sizes.append(len(scores[part]))
+        return scores[part]
+
+    parts = search(rows, query_owner, owner, 8, TIE)
+    assert sizes == [7] * 7 + [1]
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+    positive = query_owner[:, None] == owner[None]
+    assert torch.equal(whole.ranks, ranks_of(scores, positive, TIE))
+    assert torch.equal(whole.shortlist, shortlist(scores, positive, 8, TIE))
+    assert torch.equal(whole.scores, scores.gather(1, whole.shortlist))
 
 
 def test_chance_is_what_random_ranks_give() -> None:
@@ -90,7 +129,7 @@ class MemoryReader:
     """Samples in memory behind the interface of ``sharding.reader.ShardReader``."""
 
     def __init__(self, samples: list[RawSample | BadData], modality: str = "image") -> None:
-        self.samples = samples
+        self.samples, self.reads, self.batches = samples, 0, list[int]()
         half = len(samples) // 2
         self.manifest = SimpleNamespace(
             modality=modality,
@@ -102,10 +141,19 @@ class MemoryReader:
         return len(self.samples)
 
     def read(self, shard: int, row: int) -> RawSample:
+        self.reads += 1
         sample = self.samples[shard * (len(self.samples) // 2) + row]
         if isinstance(sample, BadData):
             raise sample
         return sample
+
+    def read_many(self, places: list[tuple[int, int]]) -> Iterator[tuple[int, RawSample | BadData]]:
+        self.batches.append(len(places))
+        for number in reversed(range(len(places))):  # in any order, as they come
+            try:
+                yield number, self.read(*places[number])
+            except BadData as error:
+                yield number, error
 
 
 def picture(seed: int) -> bytes:
@@ -145,10 +193,14 @@ def processor(model: GLSCLForPreTraining) -> GLSCLProcessor:
     return GLSCLProcessor.from_config(model.config)
 
 
-def run(model: Any, processor: Any, reader: MemoryReader, **options: Any) -> dict[str, float]:
+def result(model: Any, processor: Any, reader: MemoryReader, seed: int = 0, **options: Any) -> TaskResult:
     options = {"name": "t", "dataset": "d", "rerank": 4, **options}
-    context = TaskContext(model, processor, open_storage("/nowhere"), cast(Any, reader), seed=0)
-    return retrieval.evaluate(context, RetrievalTask(**options)).metrics
+    context = TaskContext(model, processor, open_storage("/nowhere"), cast(Any, reader), seed)
+    return evaluate(context, RetrievalTask(**options))
+
+
+def run(model: Any, processor: Any, reader: MemoryReader, **options: Any) -> dict[str, float]:
+    return result(model, processor, reader, **options).metrics
 
 
 def pair_at_a_time(
@@ -189,33 +241,93 @@ def test_batched_retrieval_equals_the_pair_at_a_time_loop(
 ) -> None:
     reader = corpus(13)
     expected = pair_at_a_time(model, processor, reader, 4)
+    every = pair_at_a_time(model, processor, reader, 25)
+    assert every != expected
     assert any(
         expected[f"t2i_{name}"] != expected[f"t2i_rerank_{name}"] for name in ("R1", "R5", "median_rank")
     )
     for batch_size in (1, 5, 64):
         metrics = run(model, processor, reader, batch_size=batch_size)
         assert {name: metrics[name] for name in expected} == expected
+    exact = run(model, processor, reader, rerank="all")
+    assert {name: exact[name] for name in every} == every
     assert (metrics["candidates_images"], metrics["candidates_texts"]) == (13, 25)
     assert metrics["i2t_chance_R10"] > metrics["t2i_chance_R10"] * 0.5
 
 
-def test_states_that_do_not_fit_are_encoded_again_with_the_same_numbers(
-    model: GLSCLForPreTraining, processor: GLSCLProcessor, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every number that an evaluation computes: embeddings, then the log-odds of the pairs."""
+    numbers: list[Tensor] = []
+    score = Pairs.score
+
+    def watched(self: Pairs, gallery: Gallery) -> Tensor:
+        numbers.extend((gallery.image_embeddings, gallery.text_embeddings, score(self, gallery)))
+        return numbers[-1]
+
+    monkeypatch.setattr(Pairs, "score", watched)
+    return numbers
+
+
+@pytest.mark.parametrize("rerank", [4, "all"])
+def test_every_number_is_the_same_to_the_last_digit_whatever_the_batch_size(
+    model: GLSCLForPreTraining, processor: GLSCLProcessor, scored: list[Tensor], rerank: int | str
 ) -> None:
-    reader = corpus(17)
-    expected = run(model, processor, reader, batch_size=3)
+    reader = corpus(37)
+    reader.samples[20] = BadData("crc-mismatch", "000000.tar, key s20")
+    found = [
+        result(model, processor, reader, rerank=rerank, batch_size=size, bad_limit=0.1) for size in (64, 1, 5)
+    ]
+    assert set(reader.batches) == {37, 1, 5, 2}
+    assert len(scored) == 9
+    for number in range(3):
+        assert torch.equal(scored[number], scored[3 + number])
+        assert torch.equal(scored[number], scored[6 + number])
+    images, texts, pairs = (len(one) for one in scored[:3])
+    assert (images, texts) == (36, 70)
+    assert len(scored[2].unique()) > 0.99 * pairs
+    assert pairs == images * texts if rerank == "all" else 4 * texts < pairs <= 4 * (texts + images)
+    assert found[0].metrics == found[1].metrics == found[2].metrics
+    assert found[0].examples == found[1].examples == found[2].examples
+
+
+@pytest.mark.parametrize("rerank", [16, "all"])
+def test_states_that_do_not_fit_are_encoded_again_with_the_same_numbers(
+    model: GLSCLForPreTraining,
+    processor: GLSCLProcessor,
+    scored: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    rerank: int | str,
+) -> None:
+    reader = corpus(75)
     held: list[int] = []
-    put = retrieval._StateCache.put
+    encoded = {"encode_text": 0, "encode_vision": 0}
+    gather = TextStates.gather
 
-    def watched(self: retrieval._StateCache, *arguments: Any) -> None:
-        self.limit = 60_000  # two or three blocks
-        put(self, *arguments)
-        held.append(self._bytes)
+    def watched(self: TextStates, places: Tensor) -> tuple[Tensor, Tensor]:
+        held.append(self._states.nbytes)
+        return gather(self, places)
 
-    monkeypatch.setattr(retrieval._StateCache, "put", watched)
-    assert run(model, processor, reader, batch_size=3) == expected
-    assert max(held) <= 60_000
-    assert len(held) > 6 + 11  # more than once each
+    def counted(name: str) -> Callable[..., Any]:
+        encode = getattr(model, name)
+
+        def call(*arguments: Tensor) -> Any:
+            encoded[name] += 1
+            return encode(*arguments)
+
+        return call
+
+    monkeypatch.setattr(TextStates, "gather", watched)
+    for name in encoded:
+        monkeypatch.setattr(model, name, counted(name))
+    expected = run(model, processor, reader, rerank=rerank)
+    assert encoded == {"encode_text": 5, "encode_vision": 3}  # blocks of 150 captions and 75 pictures
+    assert run(model, processor, reader, rerank=rerank, cache_mb=1) == expected
+    assert all(torch.equal(*both) for both in zip(scored[:3], scored[3:], strict=True))
+    assert encoded["encode_text"] > 5 + 5 + 2 * 2
+    assert encoded["encode_vision"] == 3 + 3 + 1  # two blocks are kept
+    assert max(held) > held[-1]
+    assert held[-1] <= 0.75 * 2**20
 
 
 def test_bad_samples_are_counted_and_passed_over_within_the_limit(
@@ -250,7 +362,7 @@ def test_clips_are_searched_by_their_frames(
     samples: list[RawSample | BadData] = [
         RawSample(f"v{n}", f"{n}".encode(), "mp4", [f"clip {n}"], 32, 32, 6, 1.0) for n in range(5)
     ]
-    monkeypatch.setattr(retrieval, "decode_video", lambda data, count: frames[data][:count])
+    monkeypatch.setattr(gallery, "decode_video", lambda data, count: frames[data][:count])
     metrics = run(model, processor, MemoryReader(samples, "video"), frames=3, limit=4)
     assert metrics["candidates_images"] == 4
     assert metrics["t2i_R10"] == metrics["t2i_chance_R10"] == 1.0
@@ -261,3 +373,36 @@ def test_the_version_of_a_task_changes_with_what_changes_its_numbers() -> None:
     assert task.version("x") == task.model_copy(update={"batch_size": 3, "name": "b"}).version("x")
     assert task.version("x") != task.version("y")
     assert task.version("x") != task.model_copy(update={"limit": 10}).version("x")
+
+
+def test_the_examples_are_the_first_of_a_drawn_order_with_what_they_found(
+    model: GLSCLForPreTraining, processor: GLSCLProcessor
+) -> None:
+    reader = corpus(40)
+    one = result(model, processor, reader, rerank="all")
+    assert one.examples == result(model, processor, reader, rerank="all").examples
+    assert one.examples != result(model, processor, reader, rerank="all", seed=1).examples
+    captions = {caption: s.key for s in reader.samples if isinstance(s, RawSample) for caption in s.captions}
+    for family, mark in zip(one.families, ("“", "captions of"), strict=True):
+        rights = [example.right for example in one.examples if example.title.startswith(mark)]
+        hits = int(family.metrics[f"{family.name}_rerank_R1"].values.sum())
+        assert rights == [True] * min(3, hits) + [False] * 3
+    for example in one.examples:
+        for data, _ in example.pictures:
+            thumbnail = Image.open(io.BytesIO(data))
+            assert thumbnail.format == "JPEG"
+            assert max(thumbnail.size) <= 160
+        if caption := captions.get(example.title.strip("“”")):  # asks for a picture
+            labels = [label for _, label in example.pictures]
+            (true,) = [label for label in labels if "the true one" in label]
+            (rank,) = [int(text) for name, text in example.lines if name.startswith("rank")]
+            assert true.startswith(f"{rank}. {caption}")
+            assert len(labels) == (5 if rank <= 5 else 6)
+            assert (rank == 1) == example.right
+        else:
+            shown = [text.rsplit(" (", 1)[0] for name, text in example.lines[:-1] if name[0].isdigit()]
+            assert len(shown) in (5, 6)
+            assert all(text in captions for text in shown[:5])
+            own = [name.split(".")[0] for name, _ in example.lines if name.endswith("true")]
+            assert example.lines[-1] == ("rank of its best caption", own[0])
+    assert any("matches with 0." in label for _, label in one.examples[0].pictures)

@@ -20,17 +20,19 @@ class RetrievalTask(TaskConfig):
     Attributes:
         dataset: name of one of the job's ``datasets`` (held-out pairs).
         frames: frames taken from a clip; a dataset of images ignores it.
-        rerank: so many candidates of each query are ranked again by the matching head; 0: none.
-        cache_mb: memory for encoder states that are waiting for their pairs; what does not fit is encoded
-            again.
+        rerank: so many candidates of each query, the best by ITC, are ranked again by the matching head; 0:
+            none; ``all``: every caption is paired with every picture (small sets).
+        cache_mb: memory for encoder states that wait for their pairs; what does not fit is encoded again.
     """
+
+    VERSION: ClassVar[int] = 2
 
     COST_ONLY: ClassVar[frozenset[str]] = TaskConfig.COST_ONLY | {"cache_mb"}
 
     kind: Literal["retrieval"] = "retrieval"
     dataset: str
     frames: Annotated[int, Field(ge=1)] = 4
-    rerank: Annotated[int, Field(ge=0)] = 16
+    rerank: Annotated[int, Field(ge=0)] | Literal["all"] = 16
     cache_mb: Annotated[int, Field(ge=1)] = 512
 
     @property

@@ -8,6 +8,9 @@ a number: a model that gives everything the same embedding, or NaN, is last rath
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +23,37 @@ ITC_TIE = 1e-6
 ITM_TIE = 1e-5
 
 RECALLS = (1, 5, 10)
+
+_SCORES = 8_000_000  # scores in one block of rows: 32 MB
+
+
+class Found(NamedTuple):
+    """What Q queries found: ``ranks`` [Q] (int64, from 1) of the best positive, and the K first candidates [Q, K]
+    (int64) with their ``scores`` (fp32), the best first.
+    """
+
+    ranks: Tensor
+    shortlist: Tensor
+    scores: Tensor
+
+
+def search(rows: Callable[[slice], Tensor], query_owner: Tensor, owner: Tensor, k: int, tie: float) -> Found:
+    """Ranks and shortlists of all queries, a block of rows at a time.
+
+    Args:
+        rows: gives the scores [n, C] (fp32) of some of the queries.
+        query_owner: [Q], owner: [C]: a candidate is right for a query of the same owner.
+        k: length of the shortlists; fewer candidates give shorter ones.
+    """
+    block = max(1, _SCORES // len(owner))  # of the data alone, so that its products are always the same
+    parts = []
+    for start in range(0, len(query_owner), block):
+        part = slice(start, start + block)
+        scores = rows(part)
+        positive = query_owner[part, None] == owner[None, :]
+        listed = shortlist(scores, positive, k, tie)
+        parts.append((ranks_of(scores, positive, tie), listed, scores.gather(1, listed)))
+    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def ranks_of(scores: Tensor, positive: Tensor, tie: float) -> Tensor:
@@ -39,15 +73,15 @@ def shortlist(scores: Tensor, positive: Tensor, k: int, tie: float) -> Tensor:
     return handicapped.topk(min(k, scores.shape[1]), dim=1).indices
 
 
-def reranked(ranks: Tensor, scores: Tensor, positive: Tensor, tie: float) -> Tensor:
-    """Ranks [Q] after the shortlist was put into the order of new ``scores`` [Q, K].
+def reranked(found: Found, scores: Tensor, query_owner: Tensor, owner: Tensor, tie: float) -> Found:
+    """The shortlists in the order of new ``scores`` [Q, K] (fp32), and the ranks after that.
 
-    Args:
-        ranks: [Q] by the first scores: kept where no positive is on the shortlist (they are greater than K).
-        scores: [Q, K] of the shortlisted candidates.
-        positive: [Q, K] which of them are right.
+    Where no positive is on the shortlist the rank stays: it is greater than K.
     """
-    return torch.where(positive.any(dim=1), ranks_of(scores, positive, tie), ranks)
+    positive = owner[found.shortlist] == query_owner[:, None]
+    ranks = torch.where(positive.any(dim=1), ranks_of(scores, positive, tie), found.ranks)
+    order = shortlist(scores, positive, scores.shape[1], tie)
+    return Found(ranks, found.shortlist.gather(1, order), scores.gather(1, order))
 
 
 def recall(ranks: Tensor, prefix: str) -> dict[str, Measured]:
