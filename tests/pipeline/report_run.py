@@ -104,11 +104,12 @@ def whole_run() -> list[Outcome]:
 
 
 def named(step: int, task: str, kind: str, value: float) -> Outcome:
-    """The headlines of ``kind``, each a little above the one before, and chance at a quarter of the first."""
+    """The headlines of ``kind``, each a little above the one before, and baselines at a quarter of the first."""
     metrics = {
         headline.metric: value * (1 + 0.15 * place) for place, headline in enumerate(KINDS[kind].headlines)
     }
-    facts = {headline.chance: value / 4 for headline in KINDS[kind].headlines[:2] if headline.chance}
+    facts = {headline.baseline: value / 4 for headline in KINDS[kind].headlines if headline.baseline}
+    facts |= {name: 100.0 for name, _ in KINDS[kind].counts}
     return outcome(step, task, kind, metrics, facts=facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_examples_come_from_the_ledger_and_damaged_ones_leave_the_rest(
     for task in ("good", "damaged"):
         example = Example(f"question of {task}", False, [(jpeg(emoji(1)[0]), "a picture")])
         found = replace(named(100, task, "classification", 0.4))
-        report.add(ledger.finish(found, TaskResult([], examples=[example])))
+        result = TaskResult([], examples=[example], files={"server.json": b"[]"})
+        report.add(ledger.finish(found, result))
         if task == "damaged":
             path = ledger.file_path(found, "examples.json")
             run.write_bytes(path, run.read_bytes(path) + b" ")
@@ -116,6 +118,8 @@ def test_examples_come_from_the_ledger_and_damaged_ones_leave_the_rest(
     report.write()
     page = run.read_bytes(PAGE).decode()
     assert "question of good" in page
+    (address,) = re.findall(r"<code>([^<]*/good-[^<]*/server.json)</code>", page)
+    assert run.read_bytes(address.removeprefix(run.url + "/")) == b"[]"
     assert "question of damaged" not in page
     assert page.count("<h2>damaged") == 1
     assert len([r for r in caplog.records if "lacks examples" in r.getMessage()]) == 1

@@ -325,6 +325,15 @@ def test_pages_of_nothing_and_of_one_checkpoint() -> None:
     assert "it broke" in text_of(failed)
 
 
+def test_a_known_kind_that_was_measured_on_nothing_shows_no_facts_as_its_numbers() -> None:
+    unlabelled = outcome(100, "test-std", "vqa", facts={"questions": 40.0, "answers": 9.0})
+    root = body_of(html_report([unlabelled], "demo"))
+    assert [row[:2] for row in table_rows(next(section(root, "test-std").iter("table")))] == [["100", "0"]]
+    assert not [one for one in root.iter("section") if one.get("id") == "curves"]
+    assert "40 questions" in text_of(section(root, "test-std"))
+    assert text_report([unlabelled]).splitlines()[2].split() == ["test-std", "100", "0"]
+
+
 def test_two_versions_of_a_task_are_two_histories() -> None:
     old = dataclasses.replace(retrieval(100, "images", 0.3, 250, 0.1), version="1-00000000")
     root = body_of(html_report([old, retrieval(200, "images", 0.4, 250, 0.1)], "demo"))

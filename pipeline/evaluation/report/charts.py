@@ -31,31 +31,32 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line: ``points`` by step, ``chance`` as a dashed line of the same colour."""
+    """A line: ``points`` by step, and a dashed one at the ``baseline``."""
 
     label: str
     points: Sequence[Point]
-    chance: float | None = None
+    baseline: float | None = None
 
 
-def chart(title: str, series: Sequence[Series], *, percent: bool) -> str:
+def chart(title: str, series: Sequence[Series], *, percent: bool, baseline: str) -> str:
     """One chart with its legend; nothing where there is no point.
 
     Args:
         title: what the lines have in common; may be empty.
         percent: whether values are shares, shown as percentages.
+        baseline: what the dashed lines are.
     """
     series = [_finite(one) for one in series]
     series = [one for one in series if one.points]
     if not series:
         return ""
     frame = _Frame(series, percent)
-    drawn = [*frame.grid(), *_chances(series, frame)]
+    drawn = [*frame.grid(), *_baselines(series, frame)]
     for place, one in enumerate(series):
         drawn += _band(one, _colour(place), frame)
     for place, one in enumerate(series):
         drawn += _line(one, place, frame)
-    legend = "".join(_entry(one, place, percent) for place, one in enumerate(series))
+    legend = "".join(_entry(one, place, percent, baseline) for place, one in enumerate(series))
     head = f"<h4>{shown_text(title)}</h4>" if title else ""
     spoken = "; ".join(f"{one.label} {number(one.points[-1].value, percent=percent)}" for one in series)
     label = shown_text(f"{title} over steps, last: {spoken}".strip(), 400)
@@ -103,12 +104,12 @@ class _Frame:
 
 def _finite(one: Series) -> Series:
     points = [point for point in one.points if math.isfinite(point.value)]
-    return Series(one.label, sorted(points, key=lambda point: point.step), one.chance)
+    return Series(one.label, sorted(points, key=lambda point: point.step), one.baseline)
 
 
 def _extent(series: Sequence[Series]) -> tuple[float, float]:
     """From zero, unless all values lie far above it."""
-    values = [one.chance for one in series if one.chance is not None]
+    values = [one.baseline for one in series if one.baseline is not None]
     for one in series:
         for point in one.points:
             values += [point.value, *(bound for bound in point.interval or () if math.isfinite(bound))]
@@ -139,14 +140,14 @@ def _colour(place: int) -> str:
     return _COLOURS[place % len(_COLOURS)]
 
 
-def _chances(series: Sequence[Series], frame: _Frame) -> Iterator[str]:
-    """A dashed line for each value of chance, grey where all series share it."""
-    known = {one.chance for one in series}
+def _baselines(series: Sequence[Series], frame: _Frame) -> Iterator[str]:
+    """A dashed line for each value, grey where all series share it."""
+    known = {one.baseline for one in series}
     for place, one in enumerate(series):
-        if one.chance is None or one.chance in {before.chance for before in series[:place]}:
+        if one.baseline is None or one.baseline in {before.baseline for before in series[:place]}:
             continue
         colour = _GREY if len(known) == 1 else _colour(place)
-        y = f"{frame.y(one.chance):.1f}"
+        y = f"{frame.y(one.baseline):.1f}"
         yield (
             f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y}' y2='{y}' stroke='{colour}' "
             "stroke-width='1.3' stroke-dasharray='6 5'/>"
@@ -198,13 +199,13 @@ def _said(point: Point, *, percent: bool) -> str:
     return f"{number(point.value, percent=percent)}{unit} {bounds(point.interval, percent=percent)}".strip()
 
 
-def _entry(one: Series, place: int, percent: bool) -> str:
+def _entry(one: Series, place: int, percent: bool, baseline: str) -> str:
     last = one.points[-1]
     colour = _colour(place)
-    chance = "" if one.chance is None else f"<i>chance {number(one.chance, percent=percent)}</i>"
+    dashed = "" if one.baseline is None else f"<i>{baseline} {number(one.baseline, percent=percent)}</i>"
     return (
         "<li><svg viewBox='0 0 26 10' aria-hidden='true'>"
         f"<path d='M0 5H26' stroke='{colour}' stroke-width='2'/>{_marker(place, 13, 5, colour)}</svg>"
         f"<span>{shown_text(one.label)}</span> <b>{number(last.value, percent=percent)}</b> "
-        f"<i>{bounds(last.interval, percent=percent)}</i> {chance}</li>"
+        f"<i>{bounds(last.interval, percent=percent)}</i> {dashed}</li>"
     )

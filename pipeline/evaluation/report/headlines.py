@@ -22,14 +22,14 @@ class Headline:
         label: for people; short, it stands over a column.
         group: what it shares with its neighbours (a direction); metrics of a group share a chart.
         percent: whether it is a share, shown as a percentage.
-        chance: name of the fact that says what chance, or a model that knows nothing, would score.
+        baseline: name of the fact that says what a model that knows nothing scores.
     """
 
     metric: str
     label: str
     group: str = ""
     percent: bool = True
-    chance: str | None = None
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,22 @@ class Kind:
     Args:
         title: over the table of all tasks of the kind.
         note: explains the labels.
+        baseline: what the model that knows nothing does.
         counts: facts and labels of what the task was measured on, e.g. candidates.
     """
 
     title: str
     headlines: tuple[Headline, ...]
     note: str = ""
+    baseline: str = "chance"
     counts: tuple[tuple[str, str], ...] = ()
 
 
 def _retrieval() -> tuple[Headline, ...]:
     found = []
     for way, group in (("t2i", "text → vision"), ("i2t", "vision → text")):
-        found += [Headline(f"{way}_R{k}", f"R@{k}", group, chance=f"{way}_chance_R{k}") for k in (1, 10)]
-        found.append(Headline(f"{way}_rerank_R1", "ITM R@1", group, chance=f"{way}_chance_R1"))
+        found += [Headline(f"{way}_R{k}", f"R@{k}", group, baseline=f"{way}_chance_R{k}") for k in (1, 10)]
+        found.append(Headline(f"{way}_rerank_R1", "ITM R@1", group, baseline=f"{way}_chance_R1"))
     return tuple(found)
 
 
@@ -60,37 +62,47 @@ KINDS: Mapping[str, Kind] = {
     "retrieval": Kind(
         "retrieval",
         _retrieval(),
-        note="ITM: the shortlist ranked again by the matching head",
+        note="ITM: ranked again by the matching head",
         counts=(("candidates_images", "pictures or clips"), ("candidates_texts", "captions")),
     ),
     "classification": Kind(
         "zero-shot classification",
-        tuple(Headline(f"top{k}", f"top {k}", chance=f"chance_top{k}") for k in (1, 5)),
+        tuple(Headline(f"top{k}", f"top {k}", baseline=f"chance_top{k}") for k in (1, 5)),
+        counts=(("images", "images"), ("classes", "classes")),
     ),
     "vqa": Kind(
         "visual question answering",
         (
-            Headline("accuracy", "overall", chance="chance_accuracy"),
+            Headline("accuracy", "overall", baseline="best_constant"),
             *(
                 Headline(f"accuracy_{name}", label)
                 for name, label in (("yes_no", "yes/no"), ("number", "number"), ("other", "other"))
             ),
         ),
+        baseline="one answer",
+        note="one answer: the best one to give to every question",
+        counts=(("questions", "questions"), ("answers", "answers in the vocabulary")),
     ),
     "nlvr2": Kind(
         "NLVR2",
         (
-            Headline("accuracy", "accuracy", chance="chance_accuracy"),
+            Headline("accuracy", "accuracy", baseline="best_constant"),
             Headline("consistency", "consistency"),
         ),
+        baseline="one answer",
+        note="one answer: always the same; consistency: of sentences, with all their pairs",
+        counts=(("statements", "statements"),),
     ),
     "alignment": Kind(
         "ALIGN-BENCH",
         tuple(
-            Headline(f"{level}_{region}", region, level, chance=f"uniform_{level}_{region}")
+            Headline(f"{level}_{region}", region, level, baseline=f"chance_{level}_{region}")
             for level in ("global", "local")
             for region in ("box", "pixel")
         ),
+        baseline="uniform",
+        note="uniform: attention to all patches alike",
+        counts=(("images", "images"), ("phrases", "phrases")),
     ),
 }
 
@@ -103,21 +115,20 @@ def kind_of(name: str) -> Kind:
 def headlines_of(kind: str, outcomes: Sequence[Outcome]) -> list[Headline]:
     """Those of the kind that any of its finished ``outcomes`` has; of an unknown kind the first measured ones."""
     measured = list(dict.fromkeys(name for outcome in outcomes for name in outcome.metrics))
-    named = [headline for headline in kind_of(kind).headlines if headline.metric in measured]
-    if named:
-        return named
+    if kind in KINDS:
+        return [headline for headline in KINDS[kind].headlines if headline.metric in measured]
     certain = [name for name in measured if any(name in outcome.intervals for outcome in outcomes)]
     return [
-        Headline(name, name.replace("_", " "), percent=False, chance=f"chance_{name}")
+        Headline(name, name.replace("_", " "), percent=False, baseline=f"chance_{name}")
         for name in (certain or measured)[:_OTHERS]
     ]
 
 
-def chance_of(headline: Headline, outcomes: Sequence[Outcome]) -> float | None:
-    """What chance scores, as the newest of ``outcomes`` says."""
-    if headline.chance is None:
+def baseline_of(headline: Headline, outcomes: Sequence[Outcome]) -> float | None:
+    """What a model that knows nothing scores, as the newest of ``outcomes`` says."""
+    if headline.baseline is None:
         return None
     for outcome in sorted(outcomes, key=lambda one: -one.step):
-        if headline.chance in outcome.metrics:
-            return outcome.metrics[headline.chance]
+        if headline.baseline in outcome.metrics:
+            return outcome.metrics[headline.baseline]
     return None

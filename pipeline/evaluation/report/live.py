@@ -95,6 +95,7 @@ class LiveReport:
             outcomes,
             self._name,
             examples=self._examples_of,
+            address=lambda outcome, name: self._run.url_of(self._ledger.file_path(outcome, name)),
             links=self._links(),
             unfinished=self._unfinished(),
         )

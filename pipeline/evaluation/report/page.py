@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pipeline.evaluation.ledger import Outcome
 from pipeline.evaluation.report.charts import Point, Series, chart
 from pipeline.evaluation.report.examples import Room, fair_shares, needs
-from pipeline.evaluation.report.headlines import Headline, chance_of, kind_of
+from pipeline.evaluation.report.headlines import Headline, baseline_of, kind_of
 from pipeline.evaluation.report.history import History, histories
 from pipeline.evaluation.report.section import Shown, best_by_headline, task_section
 from pipeline.evaluation.report.style import STYLE
@@ -24,6 +24,7 @@ from sharding.html_page import shown_text, whole_page
 _PICTURE_BYTES = 2_800_000  # of all pictures; as text they are a third more
 
 ExamplesOf = Callable[[Outcome], Sequence[Example]]
+AddressOf = Callable[[Outcome, str], str]
 
 
 def html_report(
@@ -31,6 +32,7 @@ def html_report(
     title: str,
     *,
     examples: ExamplesOf = lambda outcome: (),
+    address: AddressOf = lambda outcome, name: name,
     links: Mapping[str, str] | None = None,
     unfinished: int = 0,
 ) -> str:
@@ -40,6 +42,7 @@ def html_report(
         outcomes: all evaluations that are done or given up.
         title: the run's name.
         examples: what there is to look at of an outcome; asked for the newest and the best one of each task.
+        address: of a file beside an outcome (see :class:`pipeline.evaluation.ledger.Ledger`), by its name there.
         links: where more is, by what is there: addresses of http(s) become links, others are shown as text.
         unfinished: evaluations of checkpoints that exist, which are running or waiting.
     """
@@ -54,7 +57,7 @@ def html_report(
         _section("Curves", "curves", _curves(tasks)),
         _section("Checkpoints", "checkpoints", checkpoints_table(tasks)),
         *(
-            task_section(history, f"task-{number}", found, Room(room))
+            task_section(history, f"task-{number}", found, Room(room), address)
             for number, (history, found, room) in enumerate(zip(tasks, shown, rooms, strict=True))
         ),
     ]
@@ -129,17 +132,19 @@ def _curves(tasks: Sequence[History]) -> str:
     if not any(figures):
         return ""
     return (
-        "<p>Held-out data, over training steps. Bands are 95 % intervals, dashed lines what chance gives.</p>"
+        "<p>Held-out data, over training steps. Bands are 95 % intervals, dashed lines what chance, or a model that "
+        "knows nothing, scores.</p>"
         f"<div class='curves'>{''.join(figures)}</div>"
     )
 
 
 def _figure(history: History) -> str:
     groups = dict.fromkeys((headline.group, headline.percent) for headline in history.headlines)
+    name = kind_of(history.kind).baseline
     charts = [
         drawn
         for group, percent in groups
-        if (drawn := chart(group, list(_series(history, group, percent)), percent=percent))
+        if (drawn := chart(group, _series(history, group, percent), percent=percent, baseline=name))
     ]
     if not charts:
         return ""
@@ -153,7 +158,7 @@ def _figure(history: History) -> str:
 def _series(history: History, group: str, percent: bool) -> list[Series]:
     chosen = [one for one in history.headlines if (one.group, one.percent) == (group, percent)]
     return [
-        Series(headline.label, _points(history, headline), chance_of(headline, history.done))
+        Series(headline.label, _points(history, headline), baseline_of(headline, history.done))
         for headline in chosen
     ]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipeline.evaluation.attachments import FILES
 from pipeline.evaluation.ledger import Outcome
 from pipeline.evaluation.report.examples import Room, cards
 from pipeline.evaluation.report.headlines import kind_of
@@ -29,13 +30,16 @@ def best_by_headline(history: History) -> Outcome | None:
     return history.best(history.headlines[0].metric) if history.headlines else None
 
 
-def task_section(history: History, place: str, shown: Sequence[Shown], room: Room) -> str:
-    """The section; ``place`` is its anchor."""
+def task_section(
+    history: History, place: str, shown: Sequence[Shown], room: Room, address: Callable[[Outcome, str], str]
+) -> str:
+    """The section; ``place`` is its anchor, ``address`` finds files beside outcomes."""
     metrics = all_metrics_table(history)
     details = f"<details><summary>All metrics</summary>{metrics}</details>" if metrics else ""
     return (
         f"<section id='{place}'><h2>{shown_text(history.name)} <span>{shown_text(kind_of(history.kind).title)}"
         f"</span></h2>{_facts(history)}{headline_table(history)}{details}"
+        f"{_files(history, address)}"
         f"{''.join(_examples(history, one, room) for one in shown)}</section>"
     )
 
@@ -49,6 +53,18 @@ def _facts(history: History) -> str:
     facts += [f"{plain(metrics['skipped'])} unreadable samples left out"] if metrics.get("skipped") else []
     facts += [kind.note] if kind.note else []
     return f"<p>{' · '.join(shown_text(fact) for fact in facts)}</p>"
+
+
+def _files(history: History, address: Callable[[Outcome, str], str]) -> str:
+    """Where a task's own files of the newest checkpoint are, e.g. for a test server."""
+    if not history.done:
+        return ""
+    newest = history.done[-1]
+    names = sorted(name for name in newest.files if name.startswith(f"{FILES}/"))
+    places = "".join(f"<li><code>{shown_text(address(newest, name), 400)}</code></li>" for name in names)
+    return (
+        f"<h3>Files <span>step {newest.step:,}</span></h3><ul class='files'>{places}</ul>" if places else ""
+    )
 
 
 def _examples(history: History, shown: Shown, room: Room) -> str:

@@ -32,6 +32,7 @@ thead th{position:sticky;top:0}
 .group{text-align:center;border-left:1px solid #e4e4e0}
 tfoot td{color:#52606d;border-bottom:0;border-top:1px solid #e4e4e0;background:#fbfbfa}
 .scroll{max-height:70vh;overflow:auto}
+.files{margin:0;padding:0;list-style:none}
 .failures{list-style:none;margin:0;padding:0}
 .failures li{background:#fff;border:1px solid #e4e4e0;border-left:4px solid #b42318;border-radius:10px;
 padding:10px 14px;margin-top:8px;overflow-wrap:anywhere}

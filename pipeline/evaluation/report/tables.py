@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.evaluation.ledger import Outcome
-from pipeline.evaluation.report.headlines import Headline, chance_of
+from pipeline.evaluation.report.headlines import Headline, baseline_of, kind_of
 from pipeline.evaluation.report.history import History
 from pipeline.evaluation.report.numbers import bounds, number, plain
 from sharding.html_page import shown_text
@@ -51,14 +51,19 @@ def checkpoints_table(tasks: Sequence[History]) -> str:
     for found in ordered:
         cells = "".join(_main_cell(history, found.get(place)) for place, history in enumerate(tasks))
         body.append(f"<tr>{_checkpoint(next(iter(found.values())))}{cells}</tr>")
-    note = "<p>With 95 % intervals; the best value of each task is in bold.</p>"
+    note = (
+        "<p>With 95 % intervals; the best value of each task is in bold. The baseline is what chance, or a model that "
+        "knows nothing, scores.</p>"
+    )
     return note + _table(
-        [_CHECKPOINT + head], body, foot=_chance_row([_main_chance(history) for history in tasks])
+        [_CHECKPOINT + head],
+        body,
+        foot=_baseline_row("baseline", [_main_baseline(history) for history in tasks]),
     )
 
 
 def headline_table(history: History) -> str:
-    """One row a checkpoint, all headlines of the task with their intervals; what chance gives in the last.
+    """One row a checkpoint, all headlines of the task with their intervals; the baseline in the last.
 
     Of very many checkpoints the newest and the best.
     """
@@ -80,7 +85,13 @@ def headline_table(history: History) -> str:
     heads = [_CHECKPOINT + "".join(f"<th class='n'>{shown_text(column.label)}</th>" for column in columns)]
     if any(column.group for column in columns):
         heads.insert(0, "<th colspan='3'></th>" + "".join(_group_heads(columns)))
-    table = _table(heads, rows, foot=_chance_row([_chance(history, column) for column in columns]))
+    table = _table(
+        heads,
+        rows,
+        foot=_baseline_row(
+            kind_of(history.kind).baseline, [_baseline(history, column) for column in columns]
+        ),
+    )
     more = len(history.steps) - len(rows)
     note = f"<p>The newest and the best of {len(history.steps):,} checkpoints.</p>" if more else ""
     return note + table
@@ -149,20 +160,20 @@ def _plain_cell(outcome: Outcome, name: str) -> str:
     return f"<td class='n'>{plain(outcome.metrics[name])}{between}</td>"
 
 
-def _main_chance(history: History) -> str:
-    return _chance(history, history.headlines[0]) if history.headlines else ""
+def _main_baseline(history: History) -> str:
+    return _baseline(history, history.headlines[0]) if history.headlines else ""
 
 
-def _chance(history: History, column: Headline) -> str:
-    value = chance_of(column, history.done)
+def _baseline(history: History, column: Headline) -> str:
+    value = baseline_of(column, history.done)
     return "" if value is None else number(value, percent=column.percent)
 
 
-def _chance_row(cells: Sequence[str]) -> str:
+def _baseline_row(name: str, cells: Sequence[str]) -> str:
     if not any(cells):
         return ""
     return (
-        "<tr><td colspan='3'>chance</td>" + "".join(f"<td class='n'>{cell}</td>" for cell in cells) + "</tr>"
+        f"<tr><td colspan='3'>{name}</td>" + "".join(f"<td class='n'>{cell}</td>" for cell in cells) + "</tr>"
     )
 
 

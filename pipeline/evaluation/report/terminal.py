@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from textwrap import wrap
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.evaluation.ledger import Outcome
-from pipeline.evaluation.report.headlines import Headline, chance_of, kind_of
+from pipeline.evaluation.report.headlines import Headline, baseline_of, kind_of
 from pipeline.evaluation.report.history import History, by_kind, histories
 from pipeline.evaluation.report.numbers import half_width, number
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 _FIRST = ("task", "step", "stage")
 _GAP = "  "
-_Part = Literal["title", "head", "row", "chance", "failure", "space"]
-_STYLES: dict[_Part, str] = {"title": "bold", "head": "bold", "chance": "dim", "failure": "red"}
+_WIDTH = 100
+_Part = Literal["title", "head", "row", "baseline", "failure", "space"]
+_STYLES: dict[_Part, str] = {"title": "bold", "head": "bold", "baseline": "dim", "failure": "red"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _table(group: Sequence[History]) -> Iterator[_Line]:
     widths[: len(_FIRST)] = [
         max(width, *(len(row.cells[n]) for row in rows)) for n, width in enumerate(widths[: len(_FIRST)])
     ]
-    yield _Line("title", _title(group, columns))
+    yield from (_Line("title", line) for line in wrap(_title(group, columns), _WIDTH))
     if any(column.group for column in columns):
         yield _Line("head", _groups(columns, widths))
     yield _Line("head", _joined(whole[0], widths))
@@ -89,13 +91,13 @@ def _rows(history: History, columns: Sequence[Headline]) -> Iterator[_Row]:
             yield _Row("failure", first, outcome.cause)
         else:
             yield _Row("row", (*first, *(_cell(outcome, column) for column in columns)))
-    chances = [chance_of(column, history.done) for column in columns]
-    if any(chance is not None for chance in chances):
+    baselines = [baseline_of(column, history.done) for column in columns]
+    if any(baseline is not None for baseline in baselines):
         cells = [
-            "" if chance is None else number(chance, percent=column.percent)
-            for chance, column in zip(chances, columns, strict=True)
+            "" if baseline is None else number(baseline, percent=column.percent)
+            for baseline, column in zip(baselines, columns, strict=True)
         ]
-        yield _Row("chance", (history.name, "", "chance", *cells))
+        yield _Row("baseline", (history.name, "", kind_of(history.kind).baseline, *cells))
 
 
 def _cell(outcome: Outcome, column: Headline) -> str:
