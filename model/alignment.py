@@ -24,6 +24,10 @@ from model.glscl import GLSCLModel, GLSCLPreTrainedModel
 from model.processing import GLSCLProcessor
 
 
+class NoWord(ValueError):
+    """A caption without a word that the model reads."""
+
+
 @dataclass(frozen=True)
 class WordMaps:
     """Attention maps of a caption over a picture. Not normalised; values are attention weights, zero or above.
@@ -54,7 +58,8 @@ def word_maps(model: GLSCLPreTrainedModel, processor: GLSCLProcessor, image: Any
         caption: words are what stands between white space.
 
     Raises:
-        ValueError: a caption without a word; as the model and the processor raise.
+        NoWord: a caption without a word.
+        ValueError: as the model and the processor raise.
     """
     clip = isinstance(image, (list, tuple)) or (isinstance(image, np.ndarray) and image.ndim == 4)
     inputs = processor(**{"videos" if clip else "images": image}, text=caption).to(model.device)
@@ -90,11 +95,11 @@ def words_on_grid(processor: GLSCLProcessor, caption: str, grids: Tensor) -> Wor
     """The maps of a caption's words of those of its tokens [T, gh, gw], or [T, F, gh, gw].
 
     Raises:
-        ValueError: a caption without a word.
+        NoWord: a caption without a word.
     """
     words, unread = _words(processor, caption)
     if not words:
-        raise ValueError(f"the caption {caption!r} has no word")
+        raise NoWord(f"the caption {caption!r} has no word")
     return WordMaps(
         words=tuple(caption[word.start : word.end] for word in words),
         spans=tuple((word.start, word.end) for word in words),

@@ -26,7 +26,7 @@ from cluster.workers import run_workers
 from pipeline.config import JobConfig, did_you_mean
 from pipeline.errors import NonFiniteLoss, Regressed
 from pipeline.evaluation.dispatcher import Dispatcher
-from pipeline.evaluation.report import html_report, print_report, text_report
+from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
 from pipeline.runs import RunFolder, open_run_folder, run_path
@@ -64,18 +64,21 @@ def run_job(job: JobConfig, console: Console) -> None:
     with session(job.cluster, workers=job.train.workers):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
-            results = Results(job, run, tracker)
+            report = LiveReport(run.storage, job.name, tracker)
+            results = Results(job, run, tracker, report)
             dispatcher = _dispatcher(job, storage, run, results, prepared)
             dispatcher.start()
+            report.start(lambda: _unfinished(dispatcher))
             try:
                 _train(job, run, prepared, tracker, dispatcher, console, results)
                 _await_evaluations(dispatcher, console)
-                _close(job, run, tracker, dispatcher, console)
+                _close(run, tracker, report, console)
             except WorkersStopped:
-                _close(job, run, tracker, dispatcher, console)
+                _close(run, tracker, report, console)
                 raise Regressed(results.reason) from None
             finally:
                 dispatcher.stop()
+                report.stop()
 
 
 def evaluate_job(
@@ -102,22 +105,25 @@ def evaluate_job(
     with session(job.cluster, workers=0):
         prepared = _evaluation_data(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
+            report = LiveReport(run.storage, job.name, tracker)
             dispatcher = _dispatcher(
                 job,
                 storage,
                 run,
-                Results(job, run, tracker),
+                Results(job, run, tracker, report),
                 prepared,
                 retry_failed=True,
                 only=tasks,
                 every_checkpoint=missing,
             )
             dispatcher.start()
+            report.start(lambda: _unfinished(dispatcher))
             try:
                 _await_evaluations(dispatcher, console)
-                _close(job, run, tracker, dispatcher, console)
+                _close(run, tracker, report, console)
             finally:
                 dispatcher.stop()
+                report.stop()
 
 
 def _open(job: JobConfig) -> Storage:
@@ -335,28 +341,30 @@ def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:
         )
 
 
-def _close(
-    job: JobConfig, run: RunFolder, tracker: Tracker, dispatcher: Dispatcher, console: Console
-) -> None:
+def _unfinished(dispatcher: Dispatcher) -> int:
+    counts = dispatcher.counts()
+    return counts.running + counts.waiting
+
+
+def _close(run: RunFolder, tracker: Tracker, report: LiveReport, console: Console) -> None:
     """The closing tables, to the terminal, the storage and MLflow."""
-    outcomes = dispatcher.outcomes()
+    report.stop()
+    report.write()
+    outcomes = report.outcomes()
     if outcomes:
-        html, text = html_report(outcomes, job.name), text_report(outcomes)
-        run.storage.write_bytes("reports/evaluation.html", html.encode())
-        tracker.report(html, text)
         print_report(outcomes, console)
-    _print_places(run, tracker, console, report=bool(outcomes))
+    _print_places(run, tracker, console, report=report.address if outcomes else None)
 
 
-def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report: bool) -> None:
+def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report: str | None) -> None:
     """Where everything is, and how to open the MLflow page."""
     places = {
         "run": run.storage.url,
         "checkpoints": run.storage.url_of("checkpoints"),
         "shards": run.root.url_of("datasets"),
     }
-    if report:
-        places["report"] = run.storage.url_of("reports/evaluation.html")
+    if report is not None:
+        places["report"] = report
     uri = tracker.config.address
     places["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if tracker.config.embedded else uri
     grid = Table.grid(padding=(0, 2))

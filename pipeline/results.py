@@ -1,4 +1,4 @@
-"""What becomes of the outcomes of evaluations while a job runs: MLflow, the best by each metric, and falls."""
+"""What becomes of the outcomes of evaluations while a job runs: the report, the best by each metric, and falls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 
 from pipeline.config import JobConfig
 from pipeline.evaluation.ledger import Ledger, Outcome
+from pipeline.evaluation.report import LiveReport
 from pipeline.evaluation.standings import Fall, Standings
 from pipeline.runs import RunFolder
 from pipeline.tracking import Tracker
@@ -22,17 +23,17 @@ class Results:
         reason: why, in one line.
     """
 
-    def __init__(self, job: JobConfig, run: RunFolder, tracker: Tracker) -> None:
+    def __init__(self, job: JobConfig, run: RunFolder, tracker: Tracker, report: LiveReport) -> None:
         self.stop = threading.Event()
         self.reason = ""
-        self._run, self._tracker = run.storage, tracker
+        self._run, self._tracker, self._report = run.storage, tracker, report
         self._kept = job.checkpoints.keep_best
         self._standings = Standings(job.evaluate.regression, Ledger(run.storage), job.seed)
         self._best: dict[str, Outcome] = {}  # not told yet
 
     def add(self, outcome: Outcome) -> None:
         """One more, or one of an earlier life."""
-        self._tracker.evaluation(outcome.entry(self._run))
+        self._report.add(outcome)
         self._best |= self._standings.add(outcome)
 
     def judge(self) -> None:

@@ -8,7 +8,6 @@ to load or run anything. At most 2 MB: the number of pictures is bounded, and so
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from typing import Any
 
 from sharding.contact import Picture
 from sharding.filters.config import chosen
+from sharding.html_page import shown_text, whole_page
 from sharding.manifest import Manifest
 from sharding.statistics import QUANTITIES, ROW_HEAD, Distribution, bin_edges, short_number
 from sharding.summary import Summary
 
 _PICTURE_BYTES = 1_200_000  # of all pictures; as text they are a third more
 _CAUSES = 40
-_TEXT = 240
 _BARS = 40
 _WIDTH, _HEIGHT, _BOTTOM = 320, 120, 18
 
@@ -32,8 +31,8 @@ def report_page(manifest: Manifest, summary: Summary) -> str:
     budget = _Budget(_PICTURE_BYTES)
     title = f"{manifest.name} — {manifest.modality} dataset"
     parts = [
-        f"<h1>{_text(manifest.name)}</h1><p>{_text(manifest.modality)} dataset made of "
-        f"<bdi>{_text(str(manifest.source.get('url', '')))}</bdi></p>",
+        f"<h1>{shown_text(manifest.name)}</h1><p>{shown_text(manifest.modality)} dataset made of "
+        f"<bdi>{shown_text(str(manifest.source.get('url', '')))}</bdi></p>",
         _tiles(manifest, summary),
         _section("What was dropped, and why", _dropped_table(manifest, summary)),
         _section("Captions left out of kept samples", _captions_table(manifest)),
@@ -42,15 +41,7 @@ def report_page(manifest: Manifest, summary: Summary) -> str:
         _section("Dropped inputs", "".join(_dropped_sheets(manifest, summary, budget))),
         _section("How it was made", _configuration(manifest)),
     ]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
+    return whole_page(title, _STYLE, "\n".join(part for part in parts if part))
 
 
 class _Budget:
@@ -66,14 +57,8 @@ class _Budget:
         return True
 
 
-def _text(text: str, limit: int = _TEXT) -> str:
-    """Escaped, on one line, not too long; without the characters that would hide or reorder what follows."""
-    shown = "".join(character if character.isprintable() else " " for character in text[: limit + 1])
-    return html.escape(shown if len(text) <= limit else shown[:limit] + "…")
-
-
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
+    return f"<section><h2>{shown_text(title)}</h2>{body}</section>" if body else ""
 
 
 def _tiles(manifest: Manifest, summary: Summary) -> str:
@@ -115,9 +100,9 @@ def _dropped_table(manifest: Manifest, summary: Summary) -> str:
         found = summary.examples.get(cause) or [
             f"{picture.title}: {picture.detail}" for picture in summary.sheet.dropped.get(cause, [])[:3]
         ]
-        examples = "".join(f"<li><bdi>{_text(example)}</bdi></li>" for example in found[:3])
+        examples = "".join(f"<li><bdi>{shown_text(example)}</bdi></li>" for example in found[:3])
         rows.append(
-            f"<tr><td class='cause'>{_text(cause)}</td><td><span class='{kind}'>{kind}</span></td>"
+            f"<tr><td class='cause'>{shown_text(cause)}</td><td><span class='{kind}'>{kind}</span></td>"
             f"<td class='n'>{number:,}</td><td class='n'>{share:.2%}</td><td><ul>{examples}</ul></td></tr>"
         )
     if len(ranked) > _CAUSES:
@@ -135,7 +120,7 @@ def _dropped_table(manifest: Manifest, summary: Summary) -> str:
 
 def _captions_table(manifest: Manifest) -> str:
     ranked = _ranked(manifest.counts.captions_dropped)[:_CAUSES]
-    rows = [f"<tr><td>{_text(cause)}</td><td class='n'>{number:,}</td></tr>" for cause, number in ranked]
+    rows = [f"<tr><td>{shown_text(cause)}</td><td class='n'>{number:,}</td></tr>" for cause, number in ranked]
     return _table("<th>cause</th><th class='n'>captions</th>", rows) if rows else ""
 
 
@@ -148,11 +133,13 @@ def _distributions(summary: Summary) -> str:
     charts = "".join(_chart(name, found) for name, found in spread.items() if found.smallest < found.largest)
     head = "".join(f"<th class='{'n' if number else ''}'>{name}</th>" for number, name in enumerate(ROW_HEAD))
     rows = [
-        f"<tr><td>{_text(label)}</td>" + "".join(f"<td class='n'>{cell}</td>" for cell in cells) + "</tr>"
+        f"<tr><td>{shown_text(label)}</td>"
+        + "".join(f"<td class='n'>{cell}</td>" for cell in cells)
+        + "</tr>"
         for label, *cells in summary.statistics.rows()
     ]
     formats = ", ".join(
-        f"{number:,} {_text(name)}" for name, number in _ranked(summary.statistics.extensions)
+        f"{number:,} {shown_text(name)}" for name, number in _ranked(summary.statistics.extensions)
     )
     note = f"<p>Stored as {formats}.</p>" if formats else ""
     return f"{note}<div class='charts'>{charts}</div>{_table(head, rows)}" if rows else ""
@@ -187,8 +174,8 @@ def _chart(name: str, found: Distribution) -> str:
             f"<text x='{x:.1f}' y='{_HEIGHT - 4}' text-anchor='{anchor}'>{short_number(shown)}</text>"
         )
     return (
-        f"<figure><figcaption>{_text(label)}</figcaption><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
-        f"aria-label='histogram of {_text(label)}'><line x1='0' x2='{_WIDTH}' y1='{top}' y2='{top}'/>"
+        f"<figure><figcaption>{shown_text(label)}</figcaption><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
+        f"aria-label='histogram of {shown_text(label)}'><line x1='0' x2='{_WIDTH}' y1='{top}' y2='{top}'/>"
         f"{''.join(drawn)}{''.join(labels)}</svg></figure>"
     )
 
@@ -228,8 +215,8 @@ def _card(picture: Picture, budget: _Budget) -> str:
         data = base64.b64encode(picture.thumbnail).decode()
         image = f"<img alt='' src='data:image/jpeg;base64,{data}'>"
     return (
-        f"<div class='card'>{image}<p><bdi>{_text(picture.title, 140)}</bdi></p>"
-        f"<small><bdi>{_text(picture.detail, 140)}</bdi></small></div>"
+        f"<div class='card'>{image}<p><bdi>{shown_text(picture.title, 140)}</bdi></p>"
+        f"<small><bdi>{shown_text(picture.detail, 140)}</bdi></small></div>"
     )
 
 
@@ -237,7 +224,7 @@ def _dropped_sheets(manifest: Manifest, summary: Summary, budget: _Budget) -> It
     for cause, number in _ranked(manifest.counts.dropped)[:_CAUSES]:
         found = summary.sheet.dropped.get(cause, [])
         if found:
-            yield f"<h3>{_text(cause)} <span>{len(found)} of {number:,}</span></h3>{_sheet(found, budget)}"
+            yield f"<h3>{shown_text(cause)} <span>{len(found)} of {number:,}</span></h3>{_sheet(found, budget)}"
 
 
 def _configuration(manifest: Manifest) -> str:
@@ -246,9 +233,11 @@ def _configuration(manifest: Manifest) -> str:
         "source listing": str(manifest.source.get("digest", "")),
         "dataset digest": manifest.digest,
     }
-    rows = [f"<tr><td>{name}</td><td><code>{_text(value)}</code></td></tr>" for name, value in facts.items()]
+    rows = [
+        f"<tr><td>{name}</td><td><code>{shown_text(value)}</code></td></tr>" for name, value in facts.items()
+    ]
     settings = [
-        f"<tr><td>{_text(name)}</td><td><code>{_text(value)}</code></td></tr>"
+        f"<tr><td>{shown_text(name)}</td><td><code>{shown_text(value)}</code></td></tr>"
         for name, value in _leaves("", manifest.configuration)
     ]
     return _table("<th>digest</th><th>sha256</th>", rows) + (
@@ -270,36 +259,14 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 _STYLE = """
-:root{color-scheme:light}
-body{margin:0;background:#f7f7f5;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
-h1{font-size:26px;margin:0 0 4px;font-weight:650}
-h2{font-size:18px;margin:36px 0 10px;font-weight:600}
-h3{font-size:15px;margin:20px 0 8px;font-weight:600}
-h3 span{font-weight:400;color:#52606d;font-size:13px;margin-left:6px}
-p{margin:0 0 14px;color:#52606d;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:12px;margin-top:20px}
-.tiles div{background:#fff;border:1px solid #e4e4e0;border-radius:10px;padding:12px 16px}
-.tiles b{display:block;font-size:22px;font-weight:650;font-variant-numeric:tabular-nums}
-.tiles span{color:#52606d;font-size:13px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(320px,100%),1fr));gap:12px;margin-bottom:16px}
-figure{margin:0;background:#fff;border:1px solid #e4e4e0;border-radius:10px;padding:12px 14px}
-figcaption{font-weight:600;font-size:13px;margin-bottom:6px}
-svg{width:100%;height:auto;display:block}
 svg text{font-size:10px;fill:#52606d}
 svg rect{fill:#2563eb}
 svg line{stroke:#d5d5d0}
-.scroll{overflow-x:auto;background:#fff;border:1px solid #e4e4e0;border-radius:10px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 14px;text-align:left;vertical-align:top;border-bottom:1px solid #f0f0ed}
-th{font-weight:600;color:#52606d;font-size:13px;background:#fbfbfa}
-.n{text-align:right;white-space:nowrap}
 .cause{white-space:nowrap}
-tbody tr:last-child td{border-bottom:0}
 ul{margin:0;padding:0;list-style:none;font-size:13px;color:#52606d;overflow-wrap:anywhere}
 .bad,.filtered{font-size:12px;border-radius:9px;padding:1px 9px;background:#fdecea;color:#b42318}
 .filtered{background:#e8eefc;color:#1d4ed8}
-code{font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}
 .card{background:#fff;border:1px solid #e4e4e0;border-radius:10px;padding:10px;overflow:hidden}
 .card img,.none{width:128px;height:128px;object-fit:contain;display:block;margin:0 auto 8px;background:#f3f3f1;
@@ -307,6 +274,4 @@ border-radius:6px}
 .none{color:#9aa5b1;font-size:12px;line-height:128px;text-align:center}
 .card p{margin:0 0 2px;font-size:13px;line-height:1.35;color:#1f2933}
 .card small{display:block;font-size:11px;line-height:1.35;color:#616e7c;overflow-wrap:anywhere}
-details{margin-top:12px}
-summary{cursor:pointer;font-weight:600;padding:6px 0}
-""".strip().replace("\n", "")
+"""

@@ -34,8 +34,8 @@ _MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """``frames`` below each other, each _PANEL x _PANEL."""
+class Panel:
+    """The square ``frames`` of a clip, or the one of a picture; ``note`` says more of the ``word`` they belong to."""
 
     word: str
     note: str
@@ -43,12 +43,24 @@ class _Panel:
     frames: Sequence[Image.Image]
 
 
+def alignment_panels(frames: np.ndarray, maps: WordMaps, side: int) -> list[Panel]:
+    """The picture itself, the map of the whole caption over it, and that of each word.
+
+    Each map's colours reach from the lowest to the highest attention within it.
+
+    Args:
+        frames: uint8 [F, height, width, 3]; F is 1 for a picture.
+        side: of the panels, pixels.
+    """
+    return [_original(frames, side), *_overlays(frames, maps, side)]
+
+
 def draw_alignment(frames: np.ndarray, maps: WordMaps, caption: str) -> Image.Image:
     """The picture, RGB, of ``maps`` over ``frames`` uint8 [F, height, width, 3]; a clip's frames in rows.
 
     Each panel's colours reach from the lowest to the highest attention within it.
     """
-    panels = [_original(frames), *_overlays(frames, maps)]
+    panels = alignment_panels(frames, maps, _PANEL)
     columns = _columns(len(panels), len(frames))
     width = 2 * _MARGIN + columns * (_PANEL + _GAP) - _GAP
     title = wrapped(f"“{caption.strip()}”", width - 2 * _MARGIN, _TITLE_SIZE, lines=3)
@@ -80,7 +92,7 @@ def draw_region(picture: np.ndarray, values: np.ndarray, region: np.ndarray) -> 
         region: bool [height, width] over the whole of the picture; the drawing has its shape.
     """
     height, width = region.shape
-    drawn = _overlay(_greyed(picture), _stretched(values))
+    drawn = _overlay(_greyed(picture, _PANEL), _stretched(values))
     scale = _PANEL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     drawn = drawn.resize(size, Image.Resampling.LANCZOS)
@@ -106,29 +118,29 @@ def _columns(panels: int, frames: int) -> int:
     return min(choices, key=lambda columns: abs(math.log(shape(columns) / _SHAPE)))
 
 
-def _original(frames: np.ndarray) -> _Panel:
+def _original(frames: np.ndarray, panel_side: int) -> Panel:
     """The whole picture, what the model sees of it framed where that is not all."""
     height, width = frames.shape[1:3]
-    scale = _PANEL / max(height, width)
+    scale = panel_side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    corner = ((_PANEL - size[0]) // 2, (_PANEL - size[1]) // 2)
+    corner = ((panel_side - size[0]) // 2, (panel_side - size[1]) // 2)
     shown = []
     for frame in frames:
-        panel = Image.new("RGB", (_PANEL, _PANEL), "#f3f4f6")
+        panel = Image.new("RGB", (panel_side, panel_side), "#f3f4f6")
         panel.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), corner)
         if size[0] != size[1]:
             side = min(size)
-            left, top = (_PANEL - side) // 2, (_PANEL - side) // 2
+            left, top = (panel_side - side) // 2, (panel_side - side) // 2
             ImageDraw.Draw(panel).rectangle(
                 (left, top, left + side - 1, top + side - 1), outline=_FRAME, width=2
             )
         shown.append(panel)
     note = "framed: what the model sees" if size[0] != size[1] else ""
-    return _Panel("picture" if len(frames) == 1 else f"{len(frames)} frames", note, _GREY, shown)
+    return Panel("picture" if len(frames) == 1 else f"{len(frames)} frames", note, _GREY, shown)
 
 
-def _overlays(frames: np.ndarray, maps: WordMaps) -> list[_Panel]:
-    seen = [_greyed(frame) for frame in frames]
+def _overlays(frames: np.ndarray, maps: WordMaps, side: int) -> list[Panel]:
+    seen = [_greyed(frame, side) for frame in frames]
     grid = maps.global_map.shape[-2:]
     values = [("whole caption", _GREY, maps.global_map)]
     values += [(word, _INK, one) for word, one in zip(maps.words, maps.maps, strict=True)]
@@ -138,23 +150,23 @@ def _overlays(frames: np.ndarray, maps: WordMaps) -> list[_Panel]:
         mean, high = one.mean(), one.max()
         note = f"peak {high / mean:.1f} x mean" if mean > 0 else "no attention"
         drawn = [_overlay(grey, values) for grey, values in zip(seen, _stretched(one), strict=True)]
-        panels.append(_Panel(word, note, ink, drawn))
+        panels.append(Panel(word, note, ink, drawn))
     return panels
 
 
-def _greyed(frame: np.ndarray) -> np.ndarray:
-    """What the model sees of a frame, in grey and in few contrasts: [_PANEL, _PANEL, 1] within 0..255."""
+def _greyed(frame: np.ndarray, side: int) -> np.ndarray:
+    """What the model sees of a frame, in grey and in few contrasts: [side, side, 1] within 0..255."""
     height, width = frame.shape[:2]
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    crop = Image.fromarray(frame[top : top + side, left : left + side]).convert("L")
-    grey = np.asarray(crop.resize((_PANEL, _PANEL), Image.Resampling.LANCZOS), dtype=np.float64)
+    seen = min(height, width)
+    left, top = (width - seen) // 2, (height - seen) // 2
+    crop = Image.fromarray(frame[top : top + seen, left : left + seen]).convert("L")
+    grey = np.asarray(crop.resize((side, side), Image.Resampling.LANCZOS), dtype=np.float64)
     return (_DARKEST + _CONTRAST * grey)[:, :, None]
 
 
 def _overlay(grey: np.ndarray, values: np.ndarray) -> Image.Image:
     """``values`` [gh, gw] within 0..1, smoothed between the patches' centres, in colour over ``grey``."""
-    fine = Image.fromarray(values.astype(np.float32)).resize((_PANEL, _PANEL), Image.Resampling.BICUBIC)
+    fine = Image.fromarray(values.astype(np.float32)).resize(grey.shape[:2], Image.Resampling.BICUBIC)
     colour = colours(np.asarray(fine, dtype=np.float64).clip(0, 1))
     mixed = _SHARE * colour + (1 - _SHARE) * grey
     return Image.fromarray(mixed.round().astype(np.uint8))
@@ -166,7 +178,7 @@ def colours(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, places, channel) for channel in _VIRIDIS.T], axis=-1)
 
 
-def _place(canvas: Image.Image, panel: _Panel, left: int, top: int) -> None:
+def _place(canvas: Image.Image, panel: Panel, left: int, top: int) -> None:
     pen = ImageDraw.Draw(canvas)
     fitted(panel.word, _PANEL, _WORD_SIZE, _LEAST).draw(pen, left, top + 22, panel.ink)
     fitted(panel.note, _PANEL, _NOTE_SIZE, _NOTE_SIZE).draw(pen, left, top + 40, _GREY)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.tracking.links import NOTE, REPORT, evaluation_note
 from pipeline.tracking.registry import BEST, DIGEST, Registry, alias_of
 from pipeline.tracking.runs import RunHandle, flatten_params
 
@@ -156,6 +157,7 @@ class RunResults:
                     _EVALUATION: key,
                     "checkpoint": entry.checkpoint.url,
                     "task": entry.task,
+                    NOTE: evaluation_note(self._run, entry),
                     **entry.tags,
                 },
             ).info.run_id
@@ -217,7 +219,7 @@ class RunResults:
 
     def log_report(self, html: str, text: str) -> None:
         """The evaluation report as artifacts ``evaluation/report.{html,txt}`` of the parent run."""
-        self._client.log_text(self._run.run_id, html, "evaluation/report.html")
+        self._client.log_text(self._run.run_id, html, REPORT)
         self._client.log_text(self._run.run_id, text, "evaluation/report.txt")
 
     def log_dataset(self, report: str, tags: Mapping[str, str]) -> None:

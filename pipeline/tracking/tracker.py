@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline.tracking")
 
 _LONGEST_PAUSE_S = 15.0
+_REPORT = "evaluation report"
 _Action = Callable[[RunResults], object]
 
 
@@ -68,6 +69,7 @@ class Tracker:
         self._results: RunResults | None = None
         self._client: MlflowClient | None = None
         self._actions: deque[tuple[str, _Action]] = deque()
+        self._report = ("", "")
         self._warned = False
         self._stop = threading.Event()
         self._changed = threading.Condition()
@@ -105,8 +107,12 @@ class Tracker:
         self._add(f"tag {name}", lambda r: r.tag(name, value))
 
     def report(self, html: str, text: str) -> None:
-        """Stores the evaluation report with the run."""
-        self._add("evaluation report", lambda r: r.log_report(html, text))
+        """Stores the evaluation report with the run, in place of the one before; one that still waits is left out."""
+        with self._changed:
+            self._report = html, text
+            waits = any(what == _REPORT for what, _ in list(self._actions)[1:])  # the first may be on its way
+        if not waits:
+            self._add(_REPORT, lambda r: r.log_report(*self._report))
 
     def dataset(self, report: str, tags: Mapping[str, str]) -> None:
         """Stores the closing report of a preparation (HTML), and tags, with the run."""

@@ -16,6 +16,7 @@ from pipeline.tracking import (
     CheckpointEntry,
     EvaluationEntry,
     MetricLogger,
+    RunHandle,
     Tracker,
     TrackingConfig,
     environment_tags,
@@ -23,6 +24,8 @@ from pipeline.tracking import (
     open_run,
 )
 from pipeline.tracking.connection import connect
+from pipeline.tracking.links import run_page
+from pipeline.tracking.results import RunResults
 from sharding.storage import Storage, open_storage
 from tests.pipeline.mlflow_server import MlflowServer, free_port
 
@@ -224,6 +227,8 @@ def test_checkpoints_and_evaluations_are_shown_once_and_ranked(embedded: Trackin
         ("emoji at step 30", "FINISHED"),
         ("video at step 10", "FAILED"),
     ]
+    link = f"(#/experiments/{handle.experiment_id}/runs/{handle.run_id}/artifacts/evaluation/report.html)"
+    assert all(link in child.data.tags["mlflow.note.content"] for child in children)
     curve = history(embedded, handle.run_id, "emoji/t2i_R10")
     assert curve == [(10, 0.1), (20, 0.9), (30, 0.4)]
     run = client.get_run(handle.run_id)
@@ -346,6 +351,39 @@ def test_the_child_run_has_intervals_and_what_was_measured_with_and_charts_of_th
     (model,) = client.search_logged_models([handle.experiment_id])
     assert {metric.key for metric in model.metrics} == curves
     assert sorted(one.info.status for one in children) == ["FAILED", "FINISHED"]
+
+
+def test_of_reports_that_wait_for_the_server_the_newest_alone_is_sent(
+    embedded: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    store, away = RunResults.log_report, [True]
+
+    def log_report(results: RunResults, html: str, text: str) -> None:
+        if away[0]:
+            raise ConnectionError("away")
+        sent.append(html)
+        store(results, html, text)
+
+    monkeypatch.setattr(RunResults, "log_report", log_report)
+    tracker = Tracker(embedded, name="a", key="k", params={}, tags={})
+    for number in range(20):
+        tracker.report(f"<html>{number}</html>", str(number))
+        assert len(tracker._actions) <= 2
+    away[0] = False
+    tracker.report("<html>last</html>", "last")
+    assert tracker.finish(timeout_s=60)
+    assert set(sent) == {"<html>last</html>"}
+    assert tracker.run_id is not None
+    stored = connect(embedded).download_artifacts(tracker.run_id, "evaluation/report.html", str(tmp_path))
+    assert Path(stored).read_text() == "<html>last</html>"
+
+
+def test_the_page_of_a_run_is_an_address_where_there_is_a_server_and_a_command_elsewhere() -> None:
+    on_server = RunHandle("key", "abc", "7", "http://127.0.0.1:5000/")
+    assert run_page(on_server) == "http://127.0.0.1:5000/#/experiments/7/runs/abc"
+    embedded = RunHandle("key", "abc", "7", "sqlite:////tmp/mlflow.db")
+    assert run_page(embedded) == "mlflow ui --backend-store-uri sqlite:////tmp/mlflow.db"
 
 
 def test_parameters_hold_no_secret_and_a_changed_one_is_a_tag(embedded: TrackingConfig) -> None:
