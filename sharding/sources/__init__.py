@@ -24,6 +24,7 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
     from sharding.sources.huggingface import HuggingFaceListing
     from sharding.sources.table import TableListing
     from sharding.sources.tars import WebDatasetListing
+    from sharding.sources.video_lists import LsmdcListing, MsrVttListing
 
     source = config.source
     match source.kind:
@@ -35,6 +36,10 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
             return CocoListing(source, storage)
         case "karpathy":
             return KarpathyListing(source, storage)
+        case "msrvtt":
+            return MsrVttListing(source, storage)
+        case "lsmdc":
+            return LsmdcListing(source, storage)
         case "webdataset":
             return WebDatasetListing(source, config.input_modality, storage)
         case "huggingface":
