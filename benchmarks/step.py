@@ -204,7 +204,7 @@ def _weigh(
     """Memory and FLOPs of a step, not timed: fresh memory costs time that a second step no longer pays."""
     model.zero_grad()
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    peak = _reset_peak(device)
+    peak = reset_peak(device)
     with counter:
         loss, losses = step()
         loss.backward()
@@ -281,7 +281,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _reset_peak(device: torch.device) -> Callable[[], float]:
+def reset_peak(device: torch.device) -> Callable[[], float]:
     """Start over with the peak of memory; returns what tells the GiB above the level of now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -289,11 +289,12 @@ def _reset_peak(device: torch.device) -> Callable[[], float]:
         return lambda: (torch.cuda.max_memory_allocated(device) - level) / 2**30
     ctypes.CDLL(None).malloc_trim(0)  # what the step before has freed, back to the system (glibc)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM := VmRSS
-    before = _resident("VmRSS")
-    return lambda: (_resident("VmHWM") - before) / 2**20
+    before = resident("VmRSS")
+    return lambda: (resident("VmHWM") - before) / 2**20
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Memory of this process in KiB: ``VmRSS`` now, ``VmHWM`` the most since :func:`reset_peak`."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1])

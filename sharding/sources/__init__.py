@@ -25,6 +25,7 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
     from sharding.sources.scenes import ScenesListing
     from sharding.sources.table import TableListing
     from sharding.sources.tars import WebDatasetListing
+    from sharding.sources.video_lists import LsmdcListing, MsrVttListing
 
     source = config.source
     match source.kind:
@@ -36,6 +37,10 @@ def open_source(config: PrepareConfig, storage: Storage) -> Source:
             return CocoListing(source, storage)
         case "karpathy":
             return KarpathyListing(source, storage)
+        case "msrvtt":
+            return MsrVttListing(source, storage)
+        case "lsmdc":
+            return LsmdcListing(source, storage)
         case "webdataset":
             return WebDatasetListing(source, config.input_modality, storage)
         case "huggingface":

@@ -40,9 +40,9 @@ class CocoListing:
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. Addresses and captions identify the listing, not the media's contents."""
-        content = _read_json(self._file, self._name)
+        content = read_json(self._file, self._name)
         url = self._file.url_of(self._name)
-        images, annotations = _list_in(content, "images", url), _list_in(content, "annotations", url)
+        images, annotations = list_in(content, "images", url), list_in(content, "annotations", url)
         captions: dict[Any, list[Any]] = defaultdict(list)
         strays: list[int] = []
         for number, annotation in enumerate(annotations):
@@ -99,9 +99,9 @@ class KarpathyListing:
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. Addresses and captions identify the listing, not the media's contents."""
-        content = _read_json(self._file, self._name)
+        content = read_json(self._file, self._name)
         url = self._file.url_of(self._name)
-        images, wanted = _list_in(content, "images", url), self._config.splits
+        images, wanted = list_in(content, "images", url), self._config.splits
         there = {str(image["split"]) for image in images if isinstance(image, dict) and "split" in image}
         missing = sorted(set(wanted or ()) - there)
         if missing:
@@ -132,7 +132,12 @@ def _is_below(path: str) -> bool:
     return bool(path) and not path.startswith("/") and "://" not in path
 
 
-def _read_json(folder: Storage, name: str) -> dict[str, Any]:
+def read_json(folder: Storage, name: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it is not there, too large, not JSON or no object.
+    """
     url = folder.url_of(name)
     try:
         size = folder.size(name)
@@ -149,7 +154,8 @@ def _read_json(folder: Storage, name: str) -> dict[str, Any]:
     return content
 
 
-def _list_in(content: dict[str, Any], key: str, url: str) -> list[Any]:
+def list_in(content: dict[str, Any], key: str, url: str) -> list[Any]:
+    """A list of the object; UserError, naming the file at ``url``, if it has none of this name."""
     value = content.get(key)
     if not isinstance(value, list):
         raise UserError(f"{url} has no list {key!r}: it is not of this source's kind")

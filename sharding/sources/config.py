@@ -126,6 +126,37 @@ class KarpathySource(_Located):
         return None if self.split is None else _listed(self.split)
 
 
+class MsrVttSource(_Located):
+    """Clips of MSR-VTT: ``path`` is a list of them, ``MSRVTT_JSFUSION_test.csv`` (1k-A's thousand, a sentence each)
+    or ``MSRVTT_train.9k.csv``, which has no sentences of its own.
+    """
+
+    kind: Literal["msrvtt"]
+    videos: str = Field(description="folder or S3 prefix of VIDEO_ID.mp4")
+    annotations: str | None = Field(
+        default=None, description="MSRVTT_data.json, of which all sentences of a clip are taken instead"
+    )
+
+    @field_validator("videos", "annotations")
+    @classmethod
+    def _absolute_others(cls, path: str | None) -> str | None:
+        return None if path is None else normalise_url(path)
+
+
+class LsmdcSource(_Located):
+    """Clips of LSMDC: ``path`` is a list of them, e.g. ``LSMDC16_challenge_1000_publictect.csv``."""
+
+    kind: Literal["lsmdc"]
+    videos: str = Field(
+        description="folder or S3 prefix of CLIP.avi, or of a folder for each film with its clips"
+    )
+
+    @field_validator("videos")
+    @classmethod
+    def _absolute_videos(cls, videos: str) -> str:
+        return normalise_url(videos)
+
+
 class WebDatasetSource(_Block):
     """Tars as the WebDataset library writes them: members of equal name up to the first dot are a sample.
 
@@ -246,6 +277,8 @@ SourceConfig = Annotated[
     | TableSource
     | CocoSource
     | KarpathySource
+    | MsrVttSource
+    | LsmdcSource
     | WebDatasetSource
     | HuggingFaceSource
     | ScenesSource,

@@ -111,6 +111,15 @@ def test_karpathy_splits_are_chosen_by_name(tmp_path):
         listed(source(path, **options, split="dev"))
 
 
+def test_a_karpathy_image_keeps_all_its_sentences(tmp_path):
+    """COCO's test split has a few images with more than five."""
+    image = {"filepath": "val2014", "filename": "a.jpg", "imgid": 0, "split": "test", "sentids": [0]}
+    sentences = [{"raw": f"Sentence {n} .", "tokens": [], "imgid": 0, "sentid": n} for n in range(7)]
+    (tmp_path / "d.json").write_text(json.dumps({"images": [{**image, "sentences": sentences}]}))
+    (item,) = listed(source(tmp_path / "d.json", kind="karpathy", images=str(tmp_path), split="test"))[0]
+    assert item.captions == [f"Sentence {n} ." for n in range(7)]
+
+
 def test_digests_follow_captions_and_names(tmp_path):
     changed = json.loads(json.dumps(COCO))
     changed["annotations"][0]["caption"] = "another dog"

@@ -27,7 +27,7 @@ class Pairs:
     """
 
     def __init__(self, order: Tensor, images: int, keys: Tensor | None) -> None:
-        self._texts, self._keys = len(order), keys
+        self._order, self._texts, self._keys = order, len(order), keys
         self._place = torch.empty_like(order)
         self._place[order] = torch.arange(len(order))
         edges = torch.arange(images + 1) * self._texts
@@ -65,6 +65,11 @@ class Pairs:
         """The ``scores`` [P] of pairs of ``images`` and ``texts``, of any one shape, in that shape."""
         keys = images * self._texts + self._place[texts]
         return scores[keys if self._keys is None else torch.searchsorted(self._keys, keys)]
+
+    def pair(self, number: int) -> tuple[int, int]:
+        """The picture and the caption of a pair."""
+        image, place = divmod(number if self._keys is None else int(self._keys[number]), self._texts)
+        return image, int(self._order[place])
 
     def _fusions(self, image: int) -> Iterator[Fusion]:
         first, last = self._first[image], self._first[image + 1]

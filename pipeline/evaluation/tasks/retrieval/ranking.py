@@ -36,6 +36,10 @@ class Found(NamedTuple):
     shortlist: Tensor
     scores: Tensor
 
+    def first(self, k: int) -> Found:
+        """With the k first candidates only."""
+        return Found(self.ranks, self.shortlist[:, :k], self.scores[:, :k])
+
 
 def search(rows: Callable[[slice], Tensor], query_owner: Tensor, owner: Tensor, k: int, tie: float) -> Found:
     """Ranks and shortlists of all queries, a block of rows at a time.

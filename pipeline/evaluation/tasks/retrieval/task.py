@@ -57,10 +57,13 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
     with torch.inference_mode():
         gallery = Gallery(context, task)
         gallery.embed()
-        to_images, to_texts = _by_similarity(gallery)
+        to_images, to_texts = by_similarity(gallery)
         by_text, by_image = recall(to_images.ranks, "t2i"), recall(to_texts.ranks, "i2t")
         if task.rerank:
-            to_images, to_texts = _by_matching(gallery, to_images, to_texts)
+            pairs = pairs_to_judge(gallery, to_images, to_texts)
+            log.info("evaluation %s: the matching head judges %d pairs", task.name, len(pairs))
+            scores = pairs.score(gallery)
+            to_images, to_texts = by_matching(gallery, pairs, scores, to_images, to_texts)
             by_text |= recall(to_images.ranks, "t2i_rerank")
             by_image |= recall(to_texts.ranks, "i2t_rerank")
     owners = [gallery.keys[image] for image in gallery.owner.tolist()]
@@ -88,8 +91,8 @@ def _names(gallery: Gallery, captions: Tensor) -> list[str]:
     ]
 
 
-def _by_similarity(gallery: Gallery) -> tuple[Found, Found]:
-    """Captions asking for pictures and pictures asking for captions, by ITC."""
+def by_similarity(gallery: Gallery) -> tuple[Found, Found]:
+    """Captions asking for pictures and pictures asking for captions, by ITC, on an embedded gallery."""
     images, texts, owner = gallery.image_embeddings, gallery.text_embeddings, gallery.owner
     numbers = torch.arange(len(images))
     listed = FIRST if gallery.task.rerank == "all" else max(FIRST, gallery.task.rerank)
@@ -99,37 +102,29 @@ def _by_similarity(gallery: Gallery) -> tuple[Found, Found]:
     )
 
 
-def _by_matching(gallery: Gallery, to_images: Found, to_texts: Found) -> tuple[Found, Found]:
-    """The same by the matching head: the shortlists, or everything."""
-    owner, numbers, captions = (
-        gallery.owner,
-        torch.arange(len(gallery.keys)),
-        torch.arange(len(gallery.owner)),
-    )
-    order = gallery.texts.order
-    if gallery.task.rerank == "all":
-        pairs = Pairs.every(order, len(numbers))
-        log.info("evaluation %s: all %d pairs are fused", gallery.task.name, len(pairs))
-        scores = pairs.score(gallery)
+def pairs_to_judge(gallery: Gallery, to_images: Found, to_texts: Found) -> Pairs:
+    """Those that ``rerank`` asks for, of what was found by similarity."""
+    order, k = gallery.texts.order, gallery.task.rerank
+    if k == "all":
+        return Pairs.every(order, len(gallery.keys))
+    return Pairs.listed(order, to_images.first(k), to_texts.first(k))
+
+
+def by_matching(
+    gallery: Gallery, pairs: Pairs, scores: Tensor, to_images: Found, to_texts: Found
+) -> tuple[Found, Found]:
+    """What was found by similarity in the order of the matching head, of the ``scores`` [P] of all ``pairs``."""
+    owner, k = gallery.owner, gallery.task.rerank
+    images, texts = torch.arange(len(gallery.keys)), torch.arange(len(owner))
+    if k == "all":
         return (
-            search(
-                lambda part: pairs.pick(scores, numbers, captions[part, None]), owner, numbers, FIRST, ITM_TIE
-            ),
-            search(
-                lambda part: pairs.pick(scores, numbers[part, None], captions), numbers, owner, FIRST, ITM_TIE
-            ),
+            search(lambda part: pairs.pick(scores, images, texts[part, None]), owner, images, FIRST, ITM_TIE),
+            search(lambda part: pairs.pick(scores, images[part, None], texts), images, owner, FIRST, ITM_TIE),
         )
-    k = gallery.task.rerank
-    to_images, to_texts = (
-        found._replace(shortlist=found.shortlist[:, :k], scores=found.scores[:, :k])
-        for found in (to_images, to_texts)
-    )
-    pairs = Pairs.listed(order, to_images, to_texts)
-    log.info("evaluation %s: %d pairs are fused", gallery.task.name, len(pairs))
-    scores = pairs.score(gallery)
+    to_images, to_texts = to_images.first(k), to_texts.first(k)
+    of_texts = pairs.pick(scores, to_images.shortlist, texts[:, None])
+    of_images = pairs.pick(scores, images[:, None], to_texts.shortlist)
     return (
-        reranked(
-            to_images, pairs.pick(scores, to_images.shortlist, captions[:, None]), owner, numbers, ITM_TIE
-        ),
-        reranked(to_texts, pairs.pick(scores, numbers[:, None], to_texts.shortlist), numbers, owner, ITM_TIE),
+        reranked(to_images, of_texts, owner, images, ITM_TIE),
+        reranked(to_texts, of_images, images, owner, ITM_TIE),
     )
