@@ -12,8 +12,8 @@ import simplejpeg
 
 from sharding import media
 from sharding.media import MAX_PIXELS
+from sharding.media.plain import is_plain_jpeg
 
-_START_OF_SCAN, _EXIF_OR_XMP, _PROFILE = 0xDA, 0xE1, 0xE2
 _REDUCTIONS = (8, 4, 2)
 
 
@@ -29,25 +29,12 @@ def decode_image(data: bytes, at_least: int | None = None, max_pixels: int = MAX
     Raises:
         BadData: ``decode-failed``, or ``too-many-pixels`` (known from the header).
     """
-    if _is_plain_jpeg(data):
+    if is_plain_jpeg(data):
         try:
             return _decode_jpeg(data, at_least, max_pixels)
         except _Peculiar:
             pass
     return media.decode_image(data, max_pixels)
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether it begins as a JPEG, and nothing before the pixels may say how it is oriented or coloured."""
-    if data[:2] != b"\xff\xd8":
-        return False
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in (_START_OF_SCAN, _EXIF_OR_XMP, _PROFILE):
-            return marker == _START_OF_SCAN
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False
 
 
 class _Peculiar(Exception):

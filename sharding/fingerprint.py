@@ -2,7 +2,7 @@
 
 The perceptual hash is the DCT hash of 32 x 32 grey values::
 
-    frame -> 32 x 32 (antialiased) -> grey -> DCT-II -> the 64 lowest frequencies but the mean
+    frame -> grey -> 32 x 32 (antialiased) -> DCT-II -> the 64 lowest frequencies but the mean
           -> one bit each: above their median
 
 Bit 0 (the least significant) is the lowest frequency. Of a clip the grey image is a 2 x 2 montage of its four
@@ -40,8 +40,8 @@ def _lowest(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(rows), np.asarray(columns)
 
 
-_DCT = _dct(_SIDE)
 _ROWS, _COLUMNS = _lowest(_BITS)
+_LOW = _dct(_SIDE)[: max(*_ROWS, *_COLUMNS) + 1]
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -50,8 +50,9 @@ def perceptual_hash(grey: np.ndarray) -> int:
     Coefficients are rounded to whole numbers first, so that what is flat or symmetric up to rounding errors has
     zeros, the same on every processor. An image of one colour has the hash 0.
     """
-    coefficients = np.rint(_DCT @ grey.astype(np.float64) @ _DCT.T)[_ROWS, _COLUMNS]
-    above = coefficients > np.median(coefficients)
+    coefficients = np.rint((_LOW @ grey.astype(np.float64) @ _LOW.T)[_ROWS, _COLUMNS])
+    ranked = np.sort(coefficients)
+    above = coefficients > (ranked[_BITS // 2 - 1] + ranked[_BITS // 2]) / 2
     return int(np.packbits(above, bitorder="little").view("<u8")[0])
 
 
@@ -69,15 +70,18 @@ class Fingerprinter:
         self._grey: list[Image.Image] = []
 
     def add(self, frame: Image.Image | np.ndarray) -> None:
-        """One frame: an image, or uint8 [H, W, 3]. Upright, of the stored size, not yet encoded."""
+        """One frame: an image, or uint8 [H, W, 3]. Upright, of the stored size, not yet encoded.
+
+        Where its pixels are not digested, its brightness alone (an image of mode L) will do.
+        """
         image = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
         if self._of_pixels:
             self._digest.update(f"{image.mode} {image.width} {image.height} ".encode())
             self._digest.update(image.tobytes())
         opaque = _on_white(image) if image.mode == "RGBA" else image
         # Antialiased; the gap lets all but small images shrink by a cheap average first.
-        small = opaque.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        self._grey.append(small.convert("L"))
+        grey = opaque.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        self._grey.append(grey)
 
     def result(self) -> Fingerprint:
         """The fingerprint of the frames so far; at least one."""

@@ -9,8 +9,9 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media.config import FramesConfig, ImageConfig
-from sharding.media.images import resized, resized_pixels, shrunk, store_image
+from sharding.media.images import resized, shrunk, store_image
 from sharding.media.info import Encoded
+from sharding.media.resizing import resized_pixels
 from sharding.media.untrusted import decoding
 from sharding.media.video import (
     animation,

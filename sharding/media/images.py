@@ -1,10 +1,9 @@
 """Images: probing, decoding, and the bytes a shard stores of one.
 
-JPEG is decoded and encoded by libjpeg-turbo (simplejpeg), everything else by PIL. Resizing is bicubic with
-antialiasing, over all the pixels, by torch's kernel for bytes: PIL's filter to a level or two, in a seventh of its
-time. It is closer to a floating-point reference than OpenCV's INTER_AREA (``python -m benchmarks.media`` prints both).
-The decoder's own scaling (by 2, 4 or 8) loses more than that gains unless four times the target is left, so it is
-used for photographs of eight times the size and more.
+JPEG is decoded and encoded by libjpeg-turbo (simplejpeg), everything else by PIL. Resizing is that of
+``media.resizing``; what is stored as JPEG is resized to its planes of brightness and chroma at once. The decoder's own
+scaling (by 2, 4 or 8) loses more than that gains unless four times the target is left, so it is used for photographs
+of eight times the size and more.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from sharding.fingerprint import fingerprint
 from sharding.media.colour import composited, eight_bits, has_alpha, is_srgb, to_srgb
 from sharding.media.config import ImageConfig
 from sharding.media.info import Encoded, MediaInfo
+from sharding.media.plain import is_plain_jpeg
+from sharding.media.resizing import resized_pixels, resized_planes
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
 
 MAX_WEBP_SIDE = 16_383
@@ -64,6 +65,9 @@ def probe_image(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
     Raises:
         BadData: not an image of a known format, or ``too-many-pixels``.
     """
+    size = _plain_size(data, max_pixels)
+    if size is not None:
+        return MediaInfo(*size)
     with open_image(data, max_pixels) as image:
         frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
         turned = _orientation(image) >= 5
@@ -78,7 +82,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         BadData: ``decode-failed``, or ``too-many-pixels`` (known from the header).
     """
-    return np.asarray(composited(_upright_srgb(data, None, max_pixels).image, "white"))
+    picture = _decoded(data, None, max_pixels).finished()
+    return picture if isinstance(picture, np.ndarray) else np.asarray(composited(picture, "white"))
 
 
 @decoding()
@@ -99,12 +104,17 @@ def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:
     """
     config = config or ImageConfig()
     with decoding():
-        decoded = _upright_srgb(data, config.resize, config.max_pixels)
-        kept = config.alpha == "keep" and decoded.image.mode == "RGBA"
-        image = decoded.image if kept else composited(decoded.image, _ground(config))
+        decoded = _decoded(data, config.resize, config.max_pixels)
+        picture, in_planes = decoded.picture, config.format == "jpg" and decoded.shrinks
+        if not in_planes or isinstance(picture, Image.Image):
+            upright = _image_of(decoded.finished())
+            kept = config.alpha == "keep" and upright.mode == "RGBA"
+            picture = upright if kept else composited(upright, _ground(config))
+            as_it_is = config.format == "keep" and decoded.untouched and picture.mode == upright.mode
+    if not isinstance(picture, Image.Image):
+        return _store_planes(picture, decoded.size, config)
     kind = config.format if config.format != "keep" else _OWN_FORMAT.get(decoded.format, "webp")
-    fits = config.format == "keep" and decoded.untouched and (kept or decoded.image.mode == "RGB")
-    return store_image(image, kind, config, as_it_is=data if fits else None)
+    return store_image(picture, kind, config, as_it_is=data if as_it_is else None)
 
 
 def store_image(image: Image.Image, kind: str, config: ImageConfig, as_it_is: bytes | None = None) -> Encoded:
@@ -124,6 +134,14 @@ def store_image(image: Image.Image, kind: str, config: ImageConfig, as_it_is: by
     return Encoded(data, kind, info, fingerprint([image], encoded))
 
 
+def _store_planes(pixels: np.ndarray, size: tuple[int, int], config: ImageConfig) -> Encoded:
+    """What is stored, as JPEG, of uint8 [H, W, 3] that is to be shrunk: never RGB of the size that is stored."""
+    _refuse_long(*size, "jpg")
+    planes = resized_planes(pixels, size, config.chroma)
+    data = simplejpeg.encode_jpeg_yuv_planes(*planes, quality=config.quality)
+    return Encoded(data, "jpg", MediaInfo(*size), fingerprint([Image.fromarray(planes[0])], data))
+
+
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Bicubic with antialiasing, to (width, height); alpha premultiplied."""
     if image.size == size:
@@ -134,22 +152,11 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def resized_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``resized`` of uint8 [H, W, C], C 1 or 3. Every channel by itself, one thread or many: the same bytes."""
-    if pixels.shape[1::-1] == size:
-        return pixels
-    import torch  # slow to load, and needed where something is resized only
-    from torch.nn.functional import interpolate
-
-    # Channels stay side by side, by strides that torch knows (NumPy gives a new axis none, which halves the speed).
-    batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
-    small = interpolate(batch, size=(size[1], size[0]), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
-
-
-def _image_of(pixels: np.ndarray) -> Image.Image:
-    """RGB or L of uint8 [H, W, 3 or 1]."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+def _image_of(picture: np.ndarray | Image.Image) -> Image.Image:
+    """RGB or L of uint8 [H, W, 3 or 1]; an image as it is."""
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
 
 
 def shrunk(width: int, height: int, shorter: int | None) -> tuple[int, int]:
@@ -162,52 +169,111 @@ def shrunk(width: int, height: int, shorter: int | None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An upright sRGB image (RGB or RGBA), the file's format as PIL names it, and whether nothing was changed."""
+    """An image as its file holds it, and what is still to be done to it.
 
-    image: Image.Image
+    Args:
+        picture: uint8 [H, W, 3], upright and sRGB, where there is nothing to do but to shrink it; an image in one
+            of the modes of ``eight_bits`` else.
+        size: (width, height), as it lies in the file, that it is to be shrunk to.
+        format: as PIL names it.
+        untouched: whether what is stored is what the file holds, pixel for pixel.
+    """
+
+    picture: np.ndarray | Image.Image
+    size: tuple[int, int]
     format: str
     untouched: bool
+    orientation: int = 1
+    profile: bytes | None = None
+
+    @property
+    def shrinks(self) -> bool:
+        picture = self.picture
+        return self.size != (picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1])
+
+    def finished(self) -> np.ndarray | Image.Image:
+        """Shrunk, upright and sRGB: uint8 [H, W, 3], or an image (RGB or RGBA)."""
+        if isinstance(self.picture, np.ndarray):
+            return resized_pixels(self.picture, self.size)
+        # The costly steps come after the image was shrunk: orientation and colour commute with resizing.
+        image = to_srgb(resized(self.picture, self.size), self.profile)
+        if self.orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[self.orientation])
+        if image is self.picture:
+            image = image.copy()
+        image.info = {}  # or the profile that was just applied would be stored
+        return image
 
 
-def _upright_srgb(data: bytes, resize: int | None, max_pixels: int) -> _Decoded:
-    # The costly steps come after the image was shrunk: orientation and colour commute with resizing.
+def _decoded(data: bytes, resize: int | None, max_pixels: int) -> _Decoded:
+    plain = _plain_size(data, max_pixels)
+    if plain is not None:
+        size = shrunk(*plain, resize)
+        pixels = _by_libjpeg(data, "RGB", plain, size)
+        if pixels is not None:
+            return _Decoded(pixels, size, "JPEG", untouched=size == plain)
     with open_image(data, max_pixels) as opened:
         size = shrunk(opened.width, opened.height, resize)
         orientation = _orientation(opened)
         profile = opened.info.get("icc_profile")
-        plain = opened.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+        shallow = opened.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
         image = eight_bits(_pixels(data, opened, size))
-        untouched = (
-            plain
-            and size == opened.size
-            and orientation not in _UPRIGHT
-            and is_srgb(profile, image.mode)
-            and getattr(opened, "n_frames", 1) == 1
-        )
-        image = to_srgb(resized(image, size), profile)
-        if orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[orientation])
-        if image is opened:
-            image = opened.copy()  # a file of several pages loads itself again, though it is closed by then
-        image.info = {}  # or the profile that was just applied would be stored
-        return _Decoded(image, opened.format or "", untouched)
+        upright_srgb = orientation not in _UPRIGHT and is_srgb(profile, image.mode)
+        single = getattr(opened, "n_frames", 1) == 1
+        untouched = shallow and size == opened.size and upright_srgb and single
+        picture: np.ndarray | Image.Image = image
+        if image.mode == "RGB" and upright_srgb:
+            picture = np.asarray(image)
+        elif image is opened:
+            picture = opened.copy()  # a file of several pages loads itself again, though it is closed by then
+        return _Decoded(picture, size, opened.format or "", untouched, orientation, profile)
+
+
+def _plain_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """(width, height) of a JPEG in colour that is as it lies, which libjpeg-turbo may read without PIL.
+
+    Raises:
+        BadData: ``too-many-pixels``.
+    """
+    if not is_plain_jpeg(data):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in ("YCbCr", "RGB"):
+        return None
+    refuse_large(width, height, max_pixels)
+    return width, height
 
 
 def _pixels(data: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The decoded image; by libjpeg-turbo itself where PIL would only add copies, and then of this size already."""
-    if data[:2] != b"\xff\xd8" or opened.mode not in ("L", "RGB") or has_alpha(opened):
-        opened.load()
-        return opened
-    try:
-        least = _scaled(opened.size, size)
+    """The decoded image; by libjpeg-turbo itself where PIL would only add copies."""
+    if data[:2] == b"\xff\xd8" and opened.mode in ("L", "RGB") and not has_alpha(opened):
         colours = "GRAY" if opened.mode == "L" else "RGB"
-        pixels = simplejpeg.decode_jpeg(data, colours, min_width=least[0], min_height=least[1])
+        pixels = _by_libjpeg(data, colours, opened.size, size)
+        if pixels is not None:
+            return _image_of(pixels)
+    opened.load()
+    return opened
+
+
+def _by_libjpeg(
+    data: bytes, colours: str, source: tuple[int, int], target: tuple[int, int]
+) -> np.ndarray | None:
+    """uint8 [H, W, C] of a JPEG, scaled where ``target`` is far smaller; ``None``: it is odd, PIL decides.
+
+    Raises:
+        BadData: ``decode-failed``: pixels are lost.
+    """
+    least = _scaled(source, target)
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colours, min_width=least[0], min_height=least[1])
     except ValueError as error:
         if _LOST_PIXELS.search(str(error)):
             raise BadData("decode-failed", str(error)) from None
-        opened.load()  # odd, yet perhaps readable: PIL decides
-        return opened
-    return _image_of(resized_pixels(pixels, size))
+        return None
+    return pixels
 
 
 def _scaled(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -232,10 +298,14 @@ def _ground(config: ImageConfig) -> str:
     return "white" if config.alpha == "keep" else config.alpha
 
 
-def _bytes_of(image: Image.Image, kind: str, config: ImageConfig) -> bytes:
+def _refuse_long(width: int, height: int, kind: str) -> None:
     longest = {"webp": MAX_WEBP_SIDE, "jpg": MAX_JPEG_SIDE}.get(kind)
-    if longest is not None and max(image.size) > longest:
-        raise BadData("too-many-pixels", f"{image.width}x{image.height} is more than {kind} can hold")
+    if longest is not None and max(width, height) > longest:
+        raise BadData("too-many-pixels", f"{width}x{height} is more than {kind} can hold")
+
+
+def _bytes_of(image: Image.Image, kind: str, config: ImageConfig) -> bytes:
+    _refuse_long(*image.size, kind)
     if kind == "jpg":
         pixels = np.ascontiguousarray(np.asarray(image))
         return simplejpeg.encode_jpeg(pixels, config.quality, "RGB", config.chroma)

@@ -17,8 +17,9 @@ import numpy as np
 from sharding.errors import BadData
 from sharding.fingerprint import Fingerprinter
 from sharding.media.config import VideoConfig
-from sharding.media.images import resized_pixels, shrunk
+from sharding.media.images import shrunk
 from sharding.media.info import Encoded, MediaInfo
+from sharding.media.resizing import resized_pixels
 from sharding.media.untrusted import decoding
 from sharding.media.video import (
     animation,

@@ -24,11 +24,8 @@ class MediaDecoder:
         self._image = None if image is None else ImageConfig.model_validate(image)
         self._video = None if video is None else VideoConfig.model_validate(video)
         Image.MAX_IMAGE_PIXELS = None  # max_pixels of the configuration is asked instead, and may be larger
-        # Now, rather than within the time and the memory of the first input.
-        if self._reads_videos:
-            import_module("av")
         if self._reads_videos or (self._image is not None and self._image.resize is not None):
-            import_module("torch.nn.functional")
+            import_module("av")  # now, rather than within the time and the memory of the first input
 
     def header(self, data: bytes) -> dict[str, Any]:
         """The facts of a ``MediaInfo``, as the input's header claims them."""
