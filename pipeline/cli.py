@@ -130,6 +130,42 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    first: Annotated[
+        str,
+        typer.Argument(
+            help="A run (its newest evaluated checkpoint), or `RUN/checkpoints/step-00000480`: a path, `file://` or "
+            "`s3://`.",
+            metavar="A",
+            show_default=False,
+        ),
+    ],
+    second: Annotated[
+        str, typer.Argument(help="The same, of the same run or another.", metavar="B", show_default=False)
+    ],
+    task: Annotated[
+        list[str],
+        typer.Option(help="Only this task. May be repeated. Default: all in common.", show_default=False),
+    ] = [],  # noqa: B006 - typer copies it
+    best: Annotated[
+        str | None,
+        typer.Option(
+            help="Of runs: the best checkpoint by `TASK/METRIC`. Default: the newest evaluated one.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """Say whether checkpoint B is better than A, item by item, with a 95 % interval for every metric.
+
+    Example: `glscl compare runs/one runs/two --task images --best images/t2i_R10`
+    """
+    from pipeline.evaluation.compare import compare as compare_checkpoints
+
+    compare_checkpoints(first, second, console(), tasks=task, best=best, as_json=as_json)
+
+
+@app.command()
 def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a job's file as a whole, without starting anything.
 

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 _ADDRESS = re.compile(r"(?P<run>.+?)(?:/checkpoints(?:/(?P<step>step-\d+))?)?")
 
 
+def split_address(address: str) -> tuple[str, str | None]:
+    """The run's url, and the name of the checkpoint's folder (``step-00000100``) where one checkpoint is meant."""
+    match = _ADDRESS.fullmatch(normalise_url(address))
+    assert match is not None
+    return match["run"], match["step"]
+
+
 @dataclass(frozen=True)
 class RunSource:
     """A run in its storage, and which of its checkpoints are meant.
@@ -77,11 +84,10 @@ def find_run(address: str, best: str | None = None) -> RunSource:
     """
     from pipeline.training.checkpoints import list_checkpoints
 
-    match = _ADDRESS.fullmatch(normalise_url(address))
-    assert match is not None
-    if best is not None and match["step"]:
+    url, step = split_address(address)
+    if best is not None and step:
         raise UserError(f"--best chooses among the checkpoints of a run, but {address} is a single one")
-    run = open_storage(match["run"])
+    run = open_storage(url)
     run.check(write=False)
     record = read_record(run)
     if record is None:
@@ -91,13 +97,11 @@ def find_run(address: str, best: str | None = None) -> RunSource:
     checkpoints = list_checkpoints(run)[::-1]
     if not checkpoints:
         raise UserError(f"{run.url} holds no checkpoint yet")
-    if match["step"]:
-        wanted = [one for one in checkpoints if one.path.endswith(f"/{match['step']}")]
+    if step:
+        wanted = [one for one in checkpoints if one.path.endswith(f"/{step}")]
         if not wanted:
             steps = ", ".join(str(one.step) for one in checkpoints[::-1])
-            raise UserError(
-                f"{run.url} has no whole checkpoint {match['step']}; there are those of steps {steps}"
-            )
+            raise UserError(f"{run.url} has no whole checkpoint {step}; there are those of steps {steps}")
     else:
         wanted = checkpoints if best is None else [_best(Ledger(run).outcomes(), checkpoints, best, run)]
     root, _, _ = run.url.removesuffix("/").rpartition("/runs/")

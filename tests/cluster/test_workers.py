@@ -2,14 +2,16 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterError, WorkerGroupError
+from cluster.errors import ClusterError, WorkerGroupError, WorkersStopped
 from cluster.workers import WorkerContext, run_workers
 
 CONFIG = ClusterConfig()
@@ -197,3 +199,40 @@ def test_workers_that_cannot_fit_are_refused(ray_session: None, tmp_path: Path) 
         run_workers(
             _sum_of_ranks, tmp_path, workers=9, config=CONFIG, name="x", max_failures=0, scratch=tmp_path
         )
+
+
+def _sleeps(context: WorkerContext, folder: Path) -> None:
+    _note(folder, context, os.getpid())
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_workers_that_are_to_stop_are_gone_and_are_not_started_again(
+    ray_session: None, tmp_path: Path
+) -> None:
+    notes, stop = tmp_path / "notes", threading.Event()
+    notes.mkdir()
+
+    def ask() -> None:
+        while len(list(notes.iterdir())) < 2:
+            time.sleep(0.1)
+        stop.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(WorkersStopped):
+        run_workers(
+            _sleeps,
+            notes,
+            workers=2,
+            config=CONFIG,
+            name="test",
+            max_failures=2,
+            scratch=tmp_path / "scratch",
+            stop=stop,
+        )
+    pids = [int(path.read_text()) for path in notes.iterdir()]
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.1)
+    assert len(list(notes.iterdir())) == 2

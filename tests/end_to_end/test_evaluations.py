@@ -1,0 +1,106 @@
+"""A regression stops a run, which then is evaluated by its address alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.evaluation.attachments import items_from_parquet
+from pipeline.evaluation.ledger import Ledger, Outcome
+from pipeline.runs import read_record
+from sharding.storage import Storage, open_storage
+from tests.end_to_end.command import Command, committed
+from tests.fixtures.jobs import tiny_job, write_job
+
+pytestmark = pytest.mark.slow
+
+
+def finished(run: Storage) -> list[Outcome]:
+    return [outcome for outcome in Ledger(run).outcomes() if outcome.cause is None]
+
+
+def perfect(run: Storage, outcome: Outcome) -> None:
+    """Rewrite an outcome as if every caption had found its picture first."""
+    path = Ledger(run).file_path(outcome, "items.parquet")
+    table = pq.read_table(io.BytesIO(run.read_bytes(path)))
+    place = table.schema.get_field_index("t2i_R1")
+    ones = pa.array(
+        np.where(table["t2i_R1"].is_null(), np.nan, 1.0), mask=table["t2i_R1"].is_null().to_numpy()
+    )
+    target = io.BytesIO()
+    pq.write_table(table.set_column(place, "t2i_R1", ones), target)
+    run.write_bytes(path, target.getvalue())
+    assert items_from_parquet(target.getvalue())[0].metrics["t2i_R1"].value == 1.0
+    record = run.read_json(f"{outcome.key.path}.json")
+    record["metrics"]["t2i_R1"] = 1.0
+    import hashlib
+
+    record["files"]["items.parquet"]["sha256"] = hashlib.sha256(target.getvalue()).hexdigest()
+    run.write_json(f"{outcome.key.path}.json", record)
+
+
+def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
+    raw_corpus: Path, tmp_path: Path
+) -> None:
+    tree: dict[str, Any] = tiny_job(raw_corpus, tmp_path / "storage", name="falls")
+    tree["train"]["stages"] = [tree["train"]["stages"][0] | {"steps": 4000, "checkpoint_every": 5}]
+    tree["checkpoints"]["keep_best"] = "held-out/t2i_R1"
+    file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
+    command = Command("run", str(file), log=tmp_path / "first")
+    command.wait_until(lambda: len(finished(run)) >= 1)
+    command.kill()
+    best = min(finished(run), key=lambda outcome: outcome.step)
+    perfect(run, best)
+
+    # The next life sees the next checkpoint fall, ends the workers, and says why.
+    tree["evaluate"]["regression"] = [{"metric": "held-out/t2i_R1", "drop": 0.05, "action": "stop"}]
+    write_job(file, tree)
+    again = Command("run", str(file), log=tmp_path / "second")
+    assert again.wait() == 1, again.output
+    errors = [line for line in again.output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "the training is stopped: held-out/t2i_R1 fell from 1 at step" in errors[0]
+    assert "Traceback" not in again.output
+    steps = [checkpoint.step for checkpoint in committed(run)]
+    assert max(steps) < 4000
+    assert best.step in steps  # it is the best, and kept
+    record = read_record(run)
+    assert record is not None
+    assert [block["regression"] for block in record["evaluate"]] == [
+        [],
+        [{"metric": "held-out/t2i_R1", "drop": 0.05, "action": "stop"}],
+    ]
+    client = MlflowClient(tracking_uri=tree["tracking"]["uri"])
+    parent = client.get_run(record["tracking_run"])
+    assert parent.info.status == "FAILED"
+    assert "fell from 1" in parent.data.tags["regression.held-out/t2i_R1"]
+    alias = client.get_model_version_by_alias(record["key"], "best-held-out-t2i_R1")
+    assert int(alias.tags["step"]) == best.step
+    assert client.get_model_version_by_alias(record["key"], "best").version == alias.version
+
+    # By the run's address, with another version of the task: first nothing but what is due, which is the last.
+    override = ("--set", "evaluate.after=end", "--set", "evaluate.tasks.0.rerank=2")
+    Command("evaluate", run.url, *override, log=tmp_path / "third").succeed()
+    newer = {o.version for o in finished(run)} - {best.version}
+    assert [o.step for o in finished(run) if o.version in newer] == [max(steps)]
+    output = Command(
+        "evaluate", run.url, *override, "--missing", "--tasks", "held-out", log=tmp_path / "fourth"
+    ).succeed()
+    assert sorted(o.step for o in finished(run) if o.version in newer) == steps
+    assert str(steps[0]) in output
+    unknown = Command("evaluate", run.url, "--tasks", "held-uot", log=tmp_path / "fifth")
+    assert unknown.wait() == 2
+    assert "did you mean 'held-out'?" in unknown.output
+
+    first, last = (run.url_of(f"checkpoints/step-{step:08d}") for step in (steps[0], steps[-1]))
+    comparison = Command("compare", first, last, "--json", log=tmp_path / "sixth").succeed()
+    (compared,) = json.loads(comparison)["tasks"]
+    assert {line["metric"] for line in compared["metrics"]} >= {"t2i_R1", "i2t_rerank_R10", "t2i_median_rank"}
