@@ -249,7 +249,7 @@ def test_objects_and_sets_lie_in_any_storage(storage: Storage, tmp_path: Path) -
     local = write_objects(tmp_path / "objects")
     for path in local.parent.iterdir():
         storage.at("objects").write_bytes(path.name, path.read_bytes())
-    changes = {"rules": {"width": 64, "height": 64, "held_out": 0.3, "frames": 2}, "splits": {"test": 2}}
+    changes = {"rules": {"width": 64, "height": 64, "held_out": 0.2, "frames": 2}, "splits": {"test": 2}}
     far = _request(objects=storage.url_of("objects/objects.jsonl"), **changes)
     console = Console(file=io.StringIO(), width=100)
     record = write_scenes(storage.at("sets"), far, console)
