@@ -93,7 +93,7 @@ def decode_cutout(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         BadData: ``decode-failed``, or ``too-many-pixels`` (known from the header).
     """
-    return np.asarray(_upright_srgb(data, None, max_pixels).image.convert("RGBA"))
+    return np.asarray(_image_of(_decoded(data, None, max_pixels).finished()).convert("RGBA"))
 
 
 def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:

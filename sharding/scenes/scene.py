@@ -54,14 +54,20 @@ class Scene:
         """(x1, y1, x2, y2) of each object of a group, tight; x2 and y2 are the first pixel outside."""
         return [thing.box(frame) for thing in self.layout.things if thing.group == group]
 
-    def mask(self, group: int, frame: int = 0) -> np.ndarray:
-        """uint8 [H, W], 1 where an object of the group is: its alpha is a half or more."""
-        mask = np.zeros((self.layout.height, self.layout.width), np.uint8)
+    def masks(self, group: int, frame: int = 0) -> list[np.ndarray]:
+        """uint8 [H, W] for each object of a group, 1 where it is: its alpha is a half or more."""
+        masks = []
         for thing in self.layout.things:
             if thing.group == group:
+                mask = np.zeros((self.layout.height, self.layout.width), np.uint8)
                 x1, y1, x2, y2 = thing.box(frame)
-                mask[y1:y2, x1:x2] |= thing.frames[frame][0][..., 3] >= OPAQUE
-        return mask
+                mask[y1:y2, x1:x2] = thing.frames[frame][0][..., 3] >= OPAQUE
+                masks.append(mask)
+        return masks
+
+    def mask(self, group: int, frame: int = 0) -> np.ndarray:
+        """uint8 [H, W], 1 where any object of the group is."""
+        return np.maximum.reduce(self.masks(group, frame))
 
     def relation(self, first: int, second: int) -> Relation | None:
         """How one group lies to another in every frame, where that is beyond doubt."""

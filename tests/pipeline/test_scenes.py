@@ -23,9 +23,10 @@ from pipeline.scenes.sink import Sink
 from sharding.errors import StorageFault, UserError
 from sharding.media import decode_image, decode_video
 from sharding.sources import open_source
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 from tests.fixtures.corpora import CORPUS
 from tests.sharding.listings import configured, listed
+from tests.sharding.scenes import write_objects
 
 _RULES = {"vocabulary": 24, "width": 96, "height": 96, "frames": 4}
 _SPLITS = {"train": 9, "test": 5}
@@ -173,13 +174,20 @@ def test_alignment_is_a_pickle_of_plain_values_whose_regions_fit_captions_and_pi
     assert len(rows) == 5
     for row in rows:
         assert set(row) == {"image", "caption", "phrases"}
-        image = _pixels(sets / "alignment" / "images" / row["image"]).astype(int)
+        image = _pixels(sets / "alignment" / "test" / "images" / row["image"]).astype(int)
+        one = (sets / "alignment" / "test" / "pkls" / row["image"]).with_suffix(".pkl")
+        published = _Plain(io.BytesIO(one.read_bytes())).load()
+        assert published["caption"] == row["caption"]
+        assert list(published["annotation"]) == [phrase["phrase"] for phrase in row["phrases"]]
         covered = np.zeros((96, 96), int)
         for phrase in row["phrases"]:
             start, end = phrase["span"]
             assert row["caption"][start:end] == phrase["phrase"]
             mask = phrase["mask"]
             assert (mask.dtype, mask.shape, int(mask.max())) == (np.uint8, (96, 96), 1)
+            regions = published["annotation"][phrase["phrase"]]
+            assert [list(region["bbox_mask"]) for region in regions] == phrase["boxes"]
+            np.testing.assert_array_equal(sum(region["pixel_mask"] for region in regions), mask)
             boxed = np.zeros_like(mask)
             for box in phrase["boxes"]:
                 assert all(isinstance(side, float) for side in box)
@@ -235,6 +243,20 @@ def test_an_interrupted_run_leaves_no_record_and_the_next_one_finishes_it(
         _written(tmp_path / "out", rules={**_RULES, "seed": 8})
     _written(tmp_path / "out")
     assert _tree(tmp_path / "out") == _tree(sets)
+
+
+def test_objects_and_sets_lie_in_any_storage(storage: Storage, tmp_path: Path) -> None:
+    local = write_objects(tmp_path / "objects")
+    for path in local.parent.iterdir():
+        storage.at("objects").write_bytes(path.name, path.read_bytes())
+    changes = {"rules": {"width": 64, "height": 64, "held_out": 0.2, "frames": 2}, "splits": {"test": 2}}
+    far = _request(objects=storage.url_of("objects/objects.jsonl"), **changes)
+    console = Console(file=io.StringIO(), width=100)
+    record = write_scenes(storage.at("sets"), far, console)
+    near = _written(tmp_path / "near", objects=local.as_uri(), **changes)
+    assert record == near
+    assert record["files"] == sum(1 for _ in storage.at("sets").list()) - 1
+    assert write_scenes(storage.at("sets"), far, console) == record
 
 
 def test_a_fault_of_the_storage_in_a_writing_thread_is_raised(tmp_path: Path) -> None:

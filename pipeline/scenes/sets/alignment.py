@@ -1,12 +1,19 @@
-"""Alignment as ALIGN-BENCH has it: ``alignment/SPLIT.pkl`` and the images it names in ``alignment/images/``.
+"""Alignment: images, a caption each, and the regions of its phrases, in two layouts of the same.
 
-The pickle (protocol 4) holds builtins and NumPy arrays only: a list of::
+As ALIGN-BENCH is published: ``alignment/SPLIT/images/NAME.jpg``, ``alignment/SPLIT/pkls/NAME.pkl``, each a pickle of::
 
-    {"image": "test_000012.jpg",
-     "caption": "A small cat to the left of two dogs on a blue background.",
-     "phrases": [{"phrase": "A small cat", "span": [0, 11],          # characters of the caption
-                  "boxes": [[x1, y1, x2, y2]],                       # float pixels, one for each object
-                  "mask": uint8 [H, W]}]}                            # 1 where an object of the phrase is
+    {"caption": "A small cat to the left of two dogs on a blue background.",
+     "annotation": {"A small cat": [{"bbox_mask": (x1, y1, x2, y2), "pixel_mask": uint8 [H, W]}],   # one an object
+                    "two dogs": [{...}, {...}]}}
+
+All of a split in one, ``alignment/SPLIT.pkl``, which says also where each phrase stands: a list of::
+
+    {"image": "NAME.jpg", "caption": "...",
+     "phrases": [{"phrase": "A small cat", "span": [0, 11],            # characters of the caption
+                  "boxes": [[x1, y1, x2, y2]],                         # float pixels, one for each object
+                  "mask": uint8 [H, W]}]}                              # 1 where any of them is
+
+Pickles are of protocol 4 and hold builtins and NumPy arrays only.
 """
 
 from __future__ import annotations
@@ -26,26 +33,38 @@ def write(parts: list[Part], sink: Sink, request: Request, step: Callable[[], No
     """The fullest caption of each scene. The pickle of a split is built in memory: a mask a phrase."""
     for part in parts:
         rows = []
+        folder = f"alignment/{part.split}"
         for number in range(part.count):
             scene = part.scenes.scene(number)
-            name = f"{part.split}_{number:06d}.jpg"
-            sink.write_jpeg(f"alignment/images/{name}", scene.image())
-            rows.append(_row(name, scene, part.scenes.captions(scene)[0]))
+            name = f"{part.split}_{number:06d}"
+            caption = part.scenes.captions(scene)[0]
+            sink.write_jpeg(f"{folder}/images/{name}.jpg", scene.image())
+            sink.write(f"{folder}/pkls/{name}.pkl", pickle.dumps(_published(scene, caption), protocol=4))
+            rows.append(
+                {"image": f"{name}.jpg", "caption": caption.text, "phrases": _phrases(scene, caption)}
+            )
             step()
-        sink.write(f"alignment/{part.split}.pkl", pickle.dumps(rows, protocol=4))
+        sink.write(f"{folder}.pkl", pickle.dumps(rows, protocol=4))
 
 
-def _row(name: str, scene: Scene, caption: Caption) -> dict[str, Any]:
-    return {
-        "image": name,
-        "caption": caption.text,
-        "phrases": [
-            {
-                "phrase": caption.text[phrase.start : phrase.end],
-                "span": [phrase.start, phrase.end],
-                "boxes": [[float(side) for side in box] for box in scene.boxes(phrase.group)],
-                "mask": scene.mask(phrase.group),
-            }
-            for phrase in caption.phrases
-        ],
+def _published(scene: Scene, caption: Caption) -> dict[str, Any]:
+    annotation = {
+        caption.text[phrase.start : phrase.end]: [
+            {"bbox_mask": box, "pixel_mask": mask}
+            for box, mask in zip(scene.boxes(phrase.group), scene.masks(phrase.group), strict=True)
+        ]
+        for phrase in caption.phrases
     }
+    return {"caption": caption.text, "annotation": annotation}
+
+
+def _phrases(scene: Scene, caption: Caption) -> list[dict[str, Any]]:
+    return [
+        {
+            "phrase": caption.text[phrase.start : phrase.end],
+            "span": [phrase.start, phrase.end],
+            "boxes": [[float(side) for side in box] for box in scene.boxes(phrase.group)],
+            "mask": scene.mask(phrase.group),
+        }
+        for phrase in caption.phrases
+    ]
