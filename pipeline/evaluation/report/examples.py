@@ -89,8 +89,9 @@ def _card(example: Example, style: str, room: Room) -> str:
         for label, text in example.lines[:_LINES]
     )
     badge = "" if example.right is None else f"<b>{'✓ right' if example.right else '✗ wrong'}</b>"
+    one = " one" if len(figures) == 1 else ""
     return (
-        f"<article class='card {style}'><h5>{badge}<bdi>{shown_text(example.title)}</bdi></h5>"
+        f"<article class='card {style}{one}'><h5>{badge}<bdi>{shown_text(example.title)}</bdi></h5>"
         + (f"<div class='pictures'>{pictures}</div>" if pictures else "")
         + (f"<dl>{lines}</dl>" if lines else "")
         + "</article>"

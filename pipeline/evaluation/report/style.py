@@ -55,9 +55,13 @@ overflow-wrap:anywhere}
 .pictures img{width:100%;height:auto;display:block;border-radius:5px;background:#f3f3f1}
 .none{font-size:12px;color:#616e7c;margin:0;align-self:center}
 dl{margin:0}
-.card dl{margin-top:10px;font-size:13px}
+.one{display:grid;grid-template-columns:auto minmax(0,1fr);gap:0 16px;align-content:start}
+.one h5{grid-column:1/-1}
+.card:not(.one) dl{margin-top:10px}
+.card dl{font-size:13px}
 .card dl div{display:flex;gap:10px;margin-top:2px}
 .card dt{color:#616e7c;flex:0 0 auto;min-width:64px}
+.card.one dt{min-width:44px}
 .card dd{margin:0;min-width:0;overflow-wrap:anywhere}
 @media (max-width:760px){main{padding:20px 12px 48px}.wide{grid-column:auto}th,td{padding:6px 9px}}
 @media print{nav{display:none}.scroll{max-height:none;overflow:visible}}
