@@ -33,6 +33,7 @@ from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan, train
+from pipeline.training.pretraining import PretrainingSubject
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -243,9 +244,12 @@ def _train(
     scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
     board = Board()
     plan = TrainingPlan(
-        job=job.model_copy(update={"tracking": tracker.config}),
-        datasets={name: dataset.path for name, dataset in prepared.items()},
-        run_path=run.path,
+        subject=PretrainingSubject(job, {name: dataset.path for name, dataset in prepared.items()}),
+        course=job.train,
+        seed=job.seed,
+        run=run.storage,
+        checkpoint_every=job.checkpoints.every,
+        tracking=tracker.config,
         tracking_key=run.key,
         tracking_run=tracker.run_id,
         scratch=scratch,

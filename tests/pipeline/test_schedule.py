@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pipeline.config import ScheduleBlock
+from pipeline.training.config import ScheduleBlock
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 
 
