@@ -1,0 +1,1 @@
+"""NLVR2: sentences that are true or false of a pair of images."""
