@@ -14,7 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from model.alignment import WordMaps, word_maps
+from model.alignment import WordMaps, text_grids, word_maps, words_on_grid
 from model.cached import backward_in_parts
 from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
 from model.glscl import (
@@ -73,5 +73,7 @@ __all__ = [
     "backward_in_parts",
     "draw_masks",
     "import_weights",
+    "text_grids",
     "word_maps",
+    "words_on_grid",
 ]

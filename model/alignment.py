@@ -5,7 +5,8 @@ patches (the vision class tokens dropped), maximum over heads; the map of a word
 punctuation left out, and the global map is that of the text class token: what GLSCL's evaluation of local and
 global alignment scores.
 
-Shape legend: W words, F frames, gh and gw the rows and columns of patches.
+Shape legend: B samples, T text tokens, W words, F frames, S side of the images, gh and gw the rows and columns of
+patches.
 """
 
 from __future__ import annotations
@@ -55,19 +56,45 @@ def word_maps(model: GLSCLPreTrainedModel, processor: GLSCLProcessor, image: Any
     Raises:
         ValueError: a caption without a word; as the model and the processor raise.
     """
-    backbone = model if isinstance(model, GLSCLModel) else model.glscl
     clip = isinstance(image, (list, tuple)) or (isinstance(image, np.ndarray) and image.ndim == 4)
+    inputs = processor(**{"videos" if clip else "images": image}, text=caption).to(model.device)
+    (grids,) = text_grids(model, inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
+    return words_on_grid(processor, caption, grids if clip else grids[:, 0])
+
+
+@torch.no_grad()
+def text_grids(
+    model: GLSCLPreTrainedModel, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
+) -> Tensor:
+    """The map of every text token: [B, T, F, gh, gw], float, on the CPU.
+
+    Args:
+        model: of any class, in evaluation mode.
+        input_ids, attention_mask: [B, T]; the rows of padding mean nothing.
+        pixel_values: [B, F, 3, S, S].
+
+    Raises:
+        ValueError: as the model raises.
+    """
+    backbone = model if isinstance(model, GLSCLModel) else model.glscl
+    frames, _, height, width = pixel_values.shape[1:]
+    patch = backbone.config.patch_size
+    mask = backbone.valid_tokens(input_ids, attention_mask)
+    text, vision = backbone.embed_text(input_ids, mask), backbone.embed_vision(pixel_values)
+    weights = backbone.fusion.last_text_attention(text, mask, vision)[..., frames:].amax(dim=1)  # [B, T, F*P]
+    weights = weights.to("cpu", torch.promote_types(weights.dtype, torch.float32))
+    return weights.unflatten(-1, (frames, height // patch, width // patch))
+
+
+def words_on_grid(processor: GLSCLProcessor, caption: str, grids: Tensor) -> WordMaps:
+    """The maps of a caption's words of those of its tokens [T, gh, gw], or [T, F, gh, gw].
+
+    Raises:
+        ValueError: a caption without a word.
+    """
     words, unread = _words(processor, caption)
     if not words:
         raise ValueError(f"the caption {caption!r} has no word")
-    inputs = processor(**{"videos" if clip else "images": image}, text=caption).to(backbone.device)
-    frames, _, height, width = inputs["pixel_values"].shape[1:]
-    patch = backbone.config.patch_size
-    output = backbone(**inputs, output_attentions=True, return_dict=True)
-    weights = output.text_cross_attentions[-1][0, :, :, frames:].amax(dim=0)  # [T, F*P]
-    weights = weights.to("cpu", torch.promote_types(weights.dtype, torch.float32))
-    grids = weights.unflatten(-1, (frames, height // patch, width // patch))
-    grids = grids if clip else grids[:, 0]
     return WordMaps(
         words=tuple(caption[word.start : word.end] for word in words),
         spans=tuple((word.start, word.end) for word in words),

@@ -109,6 +109,11 @@ class CrossAttention(GradientCheckpointingLayer):
         attended, weights = attend_with_weights(self.query(states), key, value, self.heads, mask, dropout)
         return self._after_attention(states, attended), weights
 
+    def weights(self, states: Tensor, context: Tensor) -> Tensor:
+        """The weights [B, H, N, M] alone with which ``states`` [B, N, D] read ``context`` [B, M, D]."""
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        return attend_with_weights(self.query(states), key, value, self.heads)[1]
+
     def _after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
         states = self.norm(states + self.dropout(self.output(attended)))
         hidden = self.feed_forward(F.gelu(self.intermediate(states)))
@@ -219,6 +224,24 @@ class FusionEncoder(nn.Module):
         of_text.hidden_states.append(text)
         of_vision.hidden_states.append(vision)
         return text, vision
+
+    def last_text_attention(self, text: Tensor, mask: Tensor, vision: Tensor) -> Tensor:
+        """Weights [B, H, T, V] with which the last layer's text stream reads ``vision`` [B, V, D].
+
+        The weights of all other layers are never held; nothing of the last layer but these is computed.
+
+        Args:
+            text: [B, T, D].
+            mask: [B, T] boolean, true where there is a token.
+        """
+        mask = mask[:, None, None]
+        for layer in range(self.layers - 1):
+            text, vision = (
+                self._layer(self.text_stream, layer, text, vision, mask, None, None),
+                self._layer(self.vision_stream, layer, vision, text, None, mask, None),
+            )
+        last = cast(CrossAttention, self.text_stream.cross_attention[-1])
+        return last.weights(self.text_stream.self_attention[-1](text, mask), vision)
 
     @staticmethod
     def _traced_layer(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.tasks.registry import KINDS, TASK_TAGS
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
@@ -227,11 +228,15 @@ def _descend(node: Any, part: str, override: str, path: str, *, create: bool) ->
 
 
 def _explain(detail: Any) -> str:
-    tags = (_FROM_SOURCE, _PREPARED)
-    location = [p for p in detail["loc"] if not str(p).startswith("function-") and p not in tags]
+    tags = (_FROM_SOURCE, _PREPARED, *TASK_TAGS)
+    tagged = [p for p in detail["loc"] if not str(p).startswith("function-")]
+    location = [part for part in tagged if part not in tags]
     field = ".".join(str(part) for part in location) or "job"
+    if detail["type"] == "union_tag_invalid":  # the one union that can be: a task's kind
+        kind = detail["input"]["kind"]
+        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), KINDS)}"
     if detail["type"] == "extra_forbidden":
-        known = _fields_at(JobConfig, location[:-1])
+        known = _fields_at(JobConfig, tagged[:-1])
         return f"{field}: unknown key{did_you_mean(str(location[-1]), known)}"
     if detail["type"] == "missing":
         return f"{field}: is required"
@@ -259,9 +264,13 @@ def _decapitalised(message: str) -> str:
 
 
 def _fields_at(schema: Any, location: list[Any]) -> list[str]:
-    """Names of the fields a model found at ``location`` below ``schema`` has (all alternatives of a union)."""
+    """Names of the fields a model found at ``location`` below ``schema`` has (of a union: all alternatives, or
+    the task that a tag names).
+    """
     models = [schema]
     for part in location:
+        if part in TASK_TAGS:
+            models = [model for model in models if model.model_fields["kind"].default == TASK_TAGS[part]]
         step: list[Any] = []
         for node in models:
             step += _children(node, part)

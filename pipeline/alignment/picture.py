@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from model import WordMaps
 from pipeline.alignment.lettering import fitted, wrapped
@@ -71,6 +71,32 @@ def draw_alignment(frames: np.ndarray, maps: WordMaps, caption: str) -> Image.Im
     return canvas
 
 
+def draw_region(picture: np.ndarray, values: np.ndarray, region: np.ndarray) -> Image.Image:
+    """One map over one picture with the outline of a region.
+
+    Args:
+        picture: uint8 [S, S, 3], what the model sees.
+        values: [gh, gw], attention.
+        region: bool [height, width] over the whole of the picture; the drawing has its shape.
+    """
+    height, width = region.shape
+    drawn = _overlay(_greyed(picture), _stretched(values))
+    scale = _PANEL / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    drawn = drawn.resize(size, Image.Resampling.LANCZOS)
+    inside = Image.fromarray(region).convert("L").resize(size, Image.Resampling.NEAREST)
+    inner = inside.filter(ImageFilter.MinFilter(3))
+    outline = Image.fromarray((np.asarray(inside) > 0) & (np.asarray(inner) == 0))
+    drawn.paste(_FRAME, mask=outline)
+    return drawn
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """From the lowest value at 0 to the highest at 1."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
 def _columns(panels: int, frames: int) -> int:
     def shape(columns: int) -> float:
         rows = math.ceil(panels / columns)
@@ -109,10 +135,9 @@ def _overlays(frames: np.ndarray, maps: WordMaps) -> list[_Panel]:
     panels = []
     for word, ink, tensor in values:
         one = tensor.double().numpy().reshape(len(frames), *grid)
-        mean, low, high = one.mean(), one.min(), one.max()
-        scaled = (one - low) / (high - low) if high > low else np.zeros_like(one)
+        mean, high = one.mean(), one.max()
         note = f"peak {high / mean:.1f} x mean" if mean > 0 else "no attention"
-        drawn = [_overlay(grey, values) for grey, values in zip(seen, scaled, strict=True)]
+        drawn = [_overlay(grey, values) for grey, values in zip(seen, _stretched(one), strict=True)]
         panels.append(_Panel(word, note, ink, drawn))
     return panels
 

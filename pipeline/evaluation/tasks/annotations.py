@@ -26,6 +26,7 @@ _BLOCK = 1 << 20  # bytes read at a time
 # Far beyond any row of the published files; what has no end must not fill the memory.
 _LONGEST_ROW = 16 << 20
 _SPACE = " \t\r\n"
+_ENDS = ",]}" + _SPACE
 _HEADER_TEXT = 1000  # longest text kept of what stands beside the rows
 
 
@@ -183,8 +184,9 @@ class _Scanner:
                 if len(self._text) - self._place > _LONGEST_ROW or not self._more():
                     raise UserError(f"{self._url} is not JSON, or cut short: {error}") from None
                 continue
-            # A number at the end of what was read may go on in the next block.
-            if end < len(self._text) or not self._more():
+            # A number goes on in the next block unless something ended it.
+            ended = end < len(self._text) and (not isinstance(value, int | float) or self._text[end] in _ENDS)
+            if ended or not self._more():
                 self._place = end
                 return value
 

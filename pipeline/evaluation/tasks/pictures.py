@@ -1,18 +1,31 @@
-"""The images that annotations name: their addresses, and reading them one by one."""
+"""The images that annotations name: their addresses, reading them ahead, and counting those that cannot be read."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from sharding.errors import BadData, UserError
+from sharding.errors import BadData, BadDataLimit, UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from sharding.storage import Storage
 
+log = logging.getLogger("pipeline.evaluation")
+
+Item = TypeVar("Item")
+Fitted = TypeVar("Fitted")
+
 # No image of a data set is as large; what is must not fill the memory before its header can be read.
 _MAX_BYTES = 256 << 20
+# Enough to hide a storage's latency; decoding in them takes the cores that a pass leaves idle.
+_READERS = 4
+# Images of the last items that are still at hand: the questions about an image follow each other.
+_KEPT = 32
 
 
 class ImageAddress(NamedTuple):
@@ -72,3 +85,92 @@ class ImageReader:
         if image.folder not in self._folders:
             self._folders[image.folder] = self._storage.resolve(image.folder)
         return self._folders[image.folder]
+
+
+class Skipped:
+    """Counts what cannot be read, by cause, and ends an evaluation that has too much of it.
+
+    Args:
+        task: its name, for messages.
+        total: items that are to be read.
+        limit: share of them that may be unreadable.
+    """
+
+    def __init__(self, task: str, total: int, limit: float) -> None:
+        self._task, self._total, self._limit = task, total, limit
+        self._causes: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return sum(self._causes.values())
+
+    def note(self, error: BadData) -> None:
+        """One more.
+
+        Raises:
+            BadDataLimit: that is too many.
+        """
+        self._causes[error.cause] += 1
+        log.warning("evaluation %s passes over a sample: %s", self._task, error)
+        if self.count > self._limit * self._total:
+            causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(self._causes.items()))
+            raise BadDataLimit(
+                f"evaluation {self._task!r}: more than {self._limit:.1%} of {self._total} samples cannot be read "
+                f"({causes}), the last: {error.detail}"
+            )
+
+
+class ReadAhead(Generic[Item, Fitted]):
+    """The images of items in the order of the items, read and fitted by threads in advance.
+
+    Args:
+        fit: from an image's address to what the model takes; run in threads; raises BadData.
+        addresses: the images of an item.
+        ahead: items that are read in advance, one at least.
+        skipped: where items with an image that cannot be read are counted.
+    """
+
+    def __init__(
+        self,
+        fit: Callable[[ImageAddress], Fitted],
+        addresses: Callable[[Item], Sequence[ImageAddress]],
+        ahead: int,
+        skipped: Skipped,
+    ) -> None:
+        self._fit, self._addresses = fit, addresses
+        self._ahead, self._skipped = ahead, skipped
+        self._images: OrderedDict[ImageAddress, Future[Fitted]] = OrderedDict()
+
+    def over(self, items: Iterable[Item]) -> Iterator[tuple[Item, list[Fitted]]]:
+        """Each item whose images can be read, with them.
+
+        Raises:
+            BadDataLimit: see :class:`Skipped`.
+        """
+        waiting: deque[tuple[Item, list[Future[Fitted]]]] = deque()
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="images") as pool:
+            try:
+                for item in items:
+                    waiting.append((item, [self._image(pool, address) for address in self._addresses(item)]))
+                    if len(waiting) > self._ahead:
+                        yield from self._ready(*waiting.popleft())
+                while waiting:
+                    yield from self._ready(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _image(self, pool: ThreadPoolExecutor, address: ImageAddress) -> Future[Fitted]:
+        if address not in self._images:
+            self._images[address] = pool.submit(self._fit, address)
+            if len(self._images) > self._ahead + _KEPT:
+                self._images.popitem(last=False)
+        self._images.move_to_end(address)
+        return self._images[address]
+
+    def _ready(self, item: Item, images: list[Future[Fitted]]) -> Iterator[tuple[Item, list[Fitted]]]:
+        try:
+            fitted = [image.result() for image in images]
+        except BadData as error:
+            self._skipped.note(error)
+            return
+        yield item, fitted

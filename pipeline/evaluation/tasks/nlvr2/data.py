@@ -67,6 +67,11 @@ class Statement:
         split, group, _, sentence = self.identifier.split("-")
         return f"{split}-{group}-{sentence}"
 
+    @property
+    def set_key(self) -> str:
+        """The set of eight images that the pair is from: its statements are about the same images."""
+        return "-".join(self.identifier.split("-")[:2])
+
 
 def load_statements(storage: Storage, data: NLVR2Data, field: str = "data") -> list[Statement]:
     """All statements of a split, in the order of the file.

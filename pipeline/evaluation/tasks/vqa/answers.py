@@ -9,8 +9,11 @@ so that a number here is the number there:
   comma, and becomes a space otherwise; a full stop goes unless a digit follows
 * numbers to ten become figures, articles go, a contraction without its apostrophe gets it back (of several
   apostrophes one may be missing)
-* the model's answer is brought to the normal form, those of the annotators lose their punctuation only, and that
-  only where they are not all the same: the data set's answers are in the normal form already
+* where the annotators are not all of one mind, their answers and the model's are brought to the normal form; where
+  they are, all are compared as they stand (they may spell what is written in the image)
+
+So an answer that all annotators gave in another than the normal form can be matched by none of a vocabulary of
+normal forms. VQAv2's answers are in the normal form, but for a few.
 """
 
 from __future__ import annotations
@@ -59,14 +62,16 @@ _CONTRACTIONS = {
 @lru_cache(maxsize=1 << 16)
 def normalised(answer: str) -> str:
     """The normal form of an answer."""
-    text = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    text = _without_punctuation(_in_one_line(answer))
     words = [_FIGURES.get(word, word) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-@lru_cache(maxsize=1 << 16)
-def without_punctuation(answer: str) -> str:
-    """An answer without its punctuation, see the module's docstring."""
+def _in_one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _without_punctuation(answer: str) -> str:
     text = answer
     all_go = _DIGITS_AROUND_COMMA.search(answer) is not None
     for mark in _PUNCTUATION:
@@ -83,7 +88,12 @@ def accuracy(answer: str, given: Sequence[str]) -> float:
         answer: the model's, in any form.
         given: by the annotators (ten in VQAv2), as the annotation file has them.
     """
-    return _share(normalised(answer), _comparable(given))
+    answer, given = _in_one_line(answer), [_in_one_line(one) for one in given]
+    if len(set(given)) > 1:
+        answer, given = normalised(answer), [normalised(one) for one in given]
+    same, others = given.count(answer), len(given) - given.count(answer)
+    left_out = [same - 1] * same + [same] * others  # how many are the same, without each annotator in turn
+    return sum(min(count / _FOR_A_FULL_SCORE, 1.0) for count in left_out) / len(given)
 
 
 def soft_scores(given: Sequence[str]) -> dict[str, float]:
@@ -91,19 +101,8 @@ def soft_scores(given: Sequence[str]) -> dict[str, float]:
 
     Of ten annotators one makes 0.3, two 0.6, three 0.9 and more 1.0, the scores that ViLT and METER train with.
     """
-    comparable = _comparable(given)
-    scores = {answer: _share(answer, comparable) for answer in dict.fromkeys(map(normalised, given))}
+    scores = {answer: accuracy(answer, given) for answer in dict.fromkeys(map(normalised, given))}
     return {answer: score for answer, score in scores.items() if score > 0}
-
-
-def _comparable(given: Sequence[str]) -> Sequence[str]:
-    return given if len(set(given)) == 1 else [without_punctuation(one) for one in given]
-
-
-def _share(answer: str, given: Sequence[str]) -> float:
-    same, others = given.count(answer), len(given) - given.count(answer)
-    left_out = [same - 1] * same + [same] * others  # how many are the same, without each annotator in turn
-    return sum(min(count / _FOR_A_FULL_SCORE, 1.0) for count in left_out) / len(given)
 
 
 def frequent_answers(questions: Iterable[Question], size: int = FREQUENT_ANSWERS) -> list[str]:

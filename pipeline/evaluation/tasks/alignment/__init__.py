@@ -1,0 +1,1 @@
+"""Alignment of words and regions by attention, on ALIGN-BENCH."""
