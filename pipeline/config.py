@@ -21,6 +21,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.tasks.registry import KINDS, TASK_TAGS
+from pipeline.fine_tuning.config import RetrievalFineTuning
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
@@ -124,6 +125,24 @@ class JobConfig(Block):
                     f"evaluate task '{task.name}': there is no dataset '{task.dataset_name}'"
                     f"{did_you_mean(task.dataset_name, self.datasets)}"
                 )
+            recipe = task.fine_tuning
+            if recipe is not None and recipe.resolution % model.patch_size:
+                raise ValueError(
+                    f"evaluate task '{task.name}', fine_tune.resolution: {recipe.resolution} is not a multiple of the "
+                    f"model's patch_size {model.patch_size}"
+                )
+            if isinstance(recipe, RetrievalFineTuning):
+                trained = self.datasets.get(recipe.dataset)
+                if trained is None:
+                    raise ValueError(
+                        f"evaluate task '{task.name}', fine_tune.dataset: there is no dataset '{recipe.dataset}'"
+                        f"{did_you_mean(recipe.dataset, self.datasets)}"
+                    )
+                if trained.modality != recipe.modality:
+                    raise ValueError(
+                        f"evaluate task '{task.name}', fine_tune.modality: got {recipe.modality}; the dataset "
+                        f"'{recipe.dataset}' is of {trained.modality}s"
+                    )
             if task.frames_taken > model.max_frames:
                 raise ValueError(
                     f"evaluate task '{task.name}', frames: got {task.frames_taken} is above the model's "

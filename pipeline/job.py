@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,8 @@ from pipeline.config import JobConfig
 from pipeline.errors import NonFiniteLoss
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import html_report, print_report, text_report
+from pipeline.evaluation.runner import Runner
+from pipeline.fine_tuning.launch import FineTuningSetup
 from pipeline.progress import Task, show_progress
 from pipeline.runs import RunFolder, open_run_folder, run_path
 from pipeline.scoring import scorers_of
@@ -215,15 +218,17 @@ def _dispatcher(
     *,
     retry_failed: bool = False,
 ) -> Dispatcher:
+    datasets = {name: storage.resolve(dataset.path) for name, dataset in prepared.items()}
     return Dispatcher(
         run.storage,
         job.evaluate,
         storage,
-        {name: storage.resolve(dataset.path) for name, dataset in prepared.items()},
+        datasets,
         tokenizer=job.model.tokenizer,
         seed=job.seed,
         on_result=lambda outcome: tracker.evaluation(outcome.entry(run.storage)),
         retry_failed=retry_failed,
+        runner=partial(Runner, FineTuningSetup(job.cluster, tracker.config, datasets)),
     )
 
 

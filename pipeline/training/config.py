@@ -75,7 +75,9 @@ class Stage(Block):
     resolution: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="pixels; default: the model's image_size"
     )
-    frames: Annotated[int, Field(ge=1)] = Field(4, description="frames drawn from a clip (images have one)")
+    frames: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="frames drawn from a clip (images have one)"
+    )
     global_batch: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="default: train.global_batch"
     )
@@ -104,15 +106,15 @@ class Recipe(Block):
         default=4096, description="samples of one optimizer step"
     )
     accumulation: Annotated[int, Field(ge=1)] = Field(
-        1, description="contrastive batches of one global batch"
+        default=1, description="contrastive batches of one global batch"
     )
     lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
     shuffle_window: Annotated[int, Field(ge=1, le=LARGEST_WINDOW)] = Field(
-        16384, description="samples shuffled among each other"
+        default=16384, description="samples shuffled among each other"
     )
     loader_processes: Annotated[int, Field(ge=0)] = 1
     precision: Literal["fp32", "bf16-autocast", "bf16", "fp16"] = Field(
-        "fp32",
+        default="fp32",
         description="bf16-autocast: parameters stay fp32, products are bf16; bf16, fp16: parameters too "
         "(the optimizer's copy is fp32)",
     )
@@ -130,9 +132,11 @@ class Recipe(Block):
         default=False, description="recompute each block in the backward instead of keeping its activations"
     )
     bad_sample_limit: Fraction = Field(
-        0.01, description="share of unreadable samples above which the run stops"
+        default=0.01, description="share of unreadable samples above which the run stops"
     )
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts after a worker's death")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="restarts after a worker's death"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
 
     @property
@@ -195,7 +199,7 @@ class TrainBlock(Course):
         "with the same gradient and about a third more time; null: all at once",
     )
     cache_mb: Annotated[int, Field(ge=0)] = Field(
-        0, description="local shard cache of a node; 0: range reads"
+        default=0, description="local shard cache of a node; 0: range reads"
     )
     compile: bool = Field(default=False, description="torch.compile for each block; needs a compiler")
     stages: Annotated[list[StageBlock], Field(min_length=1)]

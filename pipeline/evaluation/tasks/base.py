@@ -7,12 +7,13 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from model import GLSCLForPreTraining, GLSCLProcessor
+    from pipeline.fine_tuning.config import FineTuning
     from sharding.reader import ShardReader
     from sharding.storage import Storage
 
@@ -65,13 +66,21 @@ class TaskConfig(BaseModel):
         """The most frames that the model is given at once."""
         return 1
 
+    @property
+    def fine_tuning(self) -> FineTuning | None:
+        """How the checkpoint is fine-tuned first (key ``fine_tune``); None: it is evaluated as it is."""
+        return None
+
     def version(self, data_digest: str) -> str:
         """``<version of the kind>-<8 hex digits>``: changes with whatever changes the numbers.
 
         Args:
             data_digest: see :meth:`data_digest`.
         """
-        decisive = self.model_dump(mode="json", exclude=set(self.COST_ONLY)) | {"digest": data_digest}
+        excluded: dict[str, Any] = dict.fromkeys(self.COST_ONLY, True)
+        recipe = self.fine_tuning
+        excluded["fine_tune"] = True if recipe is None else set(recipe.COST_ONLY)
+        decisive = self.model_dump(mode="json", exclude=excluded) | {"digest": data_digest}
         text = json.dumps(decisive, sort_keys=True)
         return f"{self.VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
