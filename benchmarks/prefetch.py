@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from model import GLSCLConfig
-from pipeline.config import StageBlock, TrainBlock
 from pipeline.training.batches import Sample, Slot, StageDataset, StageSampler, stage_loader
+from pipeline.training.config import StageBlock, TrainBlock
 from pipeline.training.prefetch import PrefetchedSampler, in_flight, open_cache
 from sharding.cache import ShardCache
 from sharding.manifest import Counts, Manifest

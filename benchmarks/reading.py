@@ -50,9 +50,9 @@ from benchmarks.pictures import EMOJI, pictures
 from cluster.config import ClusterConfig
 from cluster.session import session
 from model import GLSCLConfig
-from pipeline.config import AugmentationBlock, StageBlock, TrainBlock
 from pipeline.training.augmentation import Augmentation
 from pipeline.training.batches import Sample, stage_loader
+from pipeline.training.config import AugmentationBlock, StageBlock, TrainBlock
 from pipeline.training.transport import SharedPixels, stack_pixels
 from sharding.config import ImageConfig, PrepareConfig, VideoConfig
 from sharding.decoding import decode_image

@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import TrainBlock
+from pipeline.training.config import TrainBlock
 from pipeline.training.data_order import DataOrder
 from sharding.manifest import MANIFEST_PATH, Counts, Manifest, ShardRecord, load_manifest
 from sharding.storage import open_storage

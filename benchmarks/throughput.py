@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.workers import WorkerContext
-from pipeline.config import JobConfig, StageBlock, load_job
+from pipeline.config import JobConfig, load_job
 from pipeline.runs import read_record, run_path
 from pipeline.training.batches import Batch, stage_loader
+from pipeline.training.config import StageBlock
 from pipeline.training.engine import build_engine, build_model, model_config, optimizer_step
 from sharding.errors import UserError
 from sharding.manifest import load_manifest

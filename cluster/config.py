@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 EVALUATION_RESOURCE = "evaluation"
+#: Of nodes that take workers of a fine-tuning beside those of the training.
+FINE_TUNING_RESOURCE = "fine-tuning"
 
 
 class _Block(BaseModel):
@@ -54,7 +56,8 @@ class ClusterConfig(_Block):
     ``address``: None starts a Ray of its own on this machine, reachable from this machine only; ``auto`` or
     ``host:port`` joins a running one, from one of its machines (from elsewhere: ``cluster.jobs``).
     ``RAY_ADDRESS``, which Ray sets within a submitted job, stands in for None. ``num_cpus``,
-    ``object_store_mb`` and ``dashboard_port`` concern a Ray of its own only.
+    ``object_store_mb`` and ``dashboard_port`` concern a Ray of its own only. ``fine_tuning``: what one worker of
+    a task's fine-tuning occupies; None: see ``cluster.resources.for_fine_tuning``.
     """
 
     address: str | None = None
@@ -64,6 +67,7 @@ class ClusterConfig(_Block):
     evaluations: int = Field(default=1, ge=1)
     environment: Environment = Environment()
     worker: WorkerResources = WorkerResources()
+    fine_tuning: WorkerResources | None = None
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "SPREAD"
     wait_for_resources_s: float = Field(default=0, ge=0)  # for a cluster that grows on demand
     show_worker_output: bool = False  # copy what workers print to this terminal

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
-from cluster.config import EVALUATION_RESOURCE, ClusterConfig
+from cluster.config import EVALUATION_RESOURCE, FINE_TUNING_RESOURCE, ClusterConfig, WorkerResources
 from cluster.errors import ClusterError
 
 _POLL_S = 1.0
@@ -27,7 +27,9 @@ def shortage(nodes: Sequence[Mapping[str, float]], config: ClusterConfig, worker
     bundle = config.worker.bundle()
     fitting = places(nodes, bundle)
     wanted = f"{workers} workers of {_listed(bundle)} each"
-    there = "; ".join(_listed(node) for node in nodes) or "no nodes"
+    beside = {FINE_TUNING_RESOURCE} - set(bundle)  # there is no end of these on a Ray of our own
+    shown = [{name: amount for name, amount in node.items() if name not in beside} for node in nodes]
+    there = "; ".join(map(_listed, shown)) or "no nodes"
     if fitting < workers:
         return f"the cluster has room for {fitting} of {wanted}; its nodes: {there}"
     alone = sum(1 for node in nodes if places([node], bundle))
@@ -59,6 +61,19 @@ def check_resources(config: ClusterConfig, workers: int) -> None:
             waited = config.wait_for_resources_s
             raise ClusterError(lacking + (f" (waited {waited:g} s)" if waited else ""))
         time.sleep(_POLL_S)
+
+
+def for_fine_tuning(config: ClusterConfig, offered: Mapping[str, float]) -> ClusterConfig:
+    """The configuration for the workers of a task's fine-tuning, on a cluster that has the resources ``offered``.
+
+    Where the block says what such a worker occupies, that. Else, where nodes offer ``fine-tuning`` (a Ray of our
+    own always does), one of it and no CPUs, which all belong to the training: so both can run at once. Else what a
+    training worker occupies, so that a fine-tuning waits for the training's end. GPUs are as the training's.
+    """
+    worker = config.fine_tuning
+    if worker is None and offered.get(FINE_TUNING_RESOURCE, 0.0) > 0:
+        worker = WorkerResources(cpus=0, gpus=config.worker.gpus, resources={FINE_TUNING_RESOURCE: 1})
+    return config.model_copy(update={"worker": worker or config.worker})
 
 
 def _listed(resources: Mapping[str, float]) -> str:

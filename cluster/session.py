@@ -17,13 +17,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
-from cluster.config import EVALUATION_RESOURCE, ClusterConfig
+from cluster.config import EVALUATION_RESOURCE, FINE_TUNING_RESOURCE, ClusterConfig
 from cluster.errors import ClusterError
 from cluster.resources import check_resources
 
 _FOLDER_PREFIX = "glscl-ray-"
 _LONGEST_TEMP_DIR = 50  # a Unix socket's path has at most 107 bytes, and Ray adds 57 to its folder
 _PROBE_S = 5.0
+_FINE_TUNING_WORKERS = 1024  # as many as one likes: how many run at once is the evaluations' to decide
 # Ray replaces 127.0.0.1 by the machine's outer address, and listens there, unless this is "0".
 _OUTER_ADDRESS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -85,6 +86,7 @@ def _start_local(config: ClusterConfig, workers: int, folder: Path) -> None:
         num_cpus=config.num_cpus or max(cores, math.ceil(workers * bundle.get("CPU", 0))),
         resources={
             EVALUATION_RESOURCE: config.evaluations,
+            FINE_TUNING_RESOURCE: _FINE_TUNING_WORKERS,
             **{name: amount * workers for name, amount in config.worker.resources.items()},
         },
         object_store_memory=config.object_store_mb * 2**20,

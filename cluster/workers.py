@@ -39,7 +39,7 @@ _TRACEBACK_LINES = 30
 _POLL_S = 1.0  # how often Ray looks after the workers
 _STOP_POLL_S = 0.2  # how often it is looked whether they are to end
 _NOISE_WAIT_S = 5.0  # for Ray to notice the death behind a reset connection, so that it is the one named
-_START_FAILURES = 10  # a group that could not be started (60 s each where resources are missing)
+_START_FAILURES = 10  # a group that could not be started
 
 # What the living say when another process died: gloo's and NCCL's sockets, the store, a loader process.
 _NOISE = re.compile(
@@ -75,11 +75,13 @@ def run_workers(
     scratch: Path,
     no_retry: tuple[type[BaseException], ...] = (ValueError,),
     stop: threading.Event | None = None,
+    patience_s: float = 60.0,
 ) -> None:
     """Calls ``function(context, argument)`` in ``workers`` processes and returns when all have returned.
 
     ``torch.distributed`` is initialised in each (gloo on CPU, NCCL on CUDA). After a death the function is
-    called again from the start: it finds its own checkpoints. Ray must be connected (``cluster.session``).
+    called again from the start: it finds its own checkpoints. Ray must be connected (``cluster.session``); this
+    may be called within one of its actors, whose death ends the workers.
 
     Args:
         function: importable or picklable, as is ``argument``.
@@ -89,6 +91,7 @@ def run_workers(
         no_retry: exceptions of the function that are raised here with their type and message, the worker's
             traceback as ``__cause__``.
         stop: whoever sets it ends the workers where they are, as SIGKILL does; to be called from the main thread.
+        patience_s: how long a start of the group waits for room that others hold now.
 
     Raises:
         ClusterError: the cluster cannot hold the workers.
@@ -115,7 +118,7 @@ def run_workers(
         ),
     )
     asked = stop or threading.Event()
-    with _quiet_ray_train(), _end_when(asked, trainer):
+    with _quiet_ray_train(patience_s), _end_when(asked, trainer):
         _fit(trainer, max_failures, asked)
 
 
@@ -372,11 +375,12 @@ class _GroupConfig(TorchConfig):
 
 
 @contextmanager
-def _quiet_ray_train() -> Iterator[None]:
+def _quiet_ray_train(patience_s: float) -> Iterator[None]:
     """Ray Train's settings: read from this process's environment, passed on to the workers."""
     wanted = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(patience_s),
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same as in the driver

@@ -17,7 +17,13 @@ from transformers import (
 from model.alignment import WordMaps, text_grids, word_maps, words_on_grid
 from model.cached import backward_in_parts
 from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
-from model.glscl import GLSCLModel, GLSCLModelOutput, TextFeatures, VisionFeatures
+from model.glscl import (
+    GLSCLModel,
+    GLSCLModelOutput,
+    GLSCLPreTrainedModel,
+    TextFeatures,
+    VisionFeatures,
+)
 from model.importers import ImportReport, WeightImportError, WeightKind, import_weights
 from model.masking import PretrainingMasks, draw_masks
 from model.nlvr2 import GLSCLForNLVR2, GLSCLNLVR2Output
@@ -51,6 +57,7 @@ __all__ = [
     "GLSCLModel",
     "GLSCLModelOutput",
     "GLSCLNLVR2Output",
+    "GLSCLPreTrainedModel",
     "GLSCLPreTrainingOutput",
     "GLSCLProcessor",
     "GLSCLVisualQuestionAnsweringOutput",

@@ -164,6 +164,23 @@ class GLSCLPreTrainedModel(PreTrainedModel):
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
+    def resize_images(self, image_size: int) -> None:
+        """Make ``image_size`` the model's own: the position embedding is interpolated (bicubic) once and for all.
+
+        Images of that size are encoded as before, where it was interpolated for each; what is trained from here on
+        are the positions of the new grid, as in the released code.
+
+        Raises:
+            ValueError: a size that is no multiple of the patch.
+        """
+        if image_size % self.config.patch_size:
+            raise ValueError(f"an image size of {image_size} is no multiple of {self.config.patch_size}")
+        if image_size != self.config.image_size:
+            for module in self.modules():
+                if isinstance(module, VisionEncoder):
+                    module.resize_positions(image_size)
+            self.config.image_size = image_size
+
     def parameter_groups(
         self,
         base_lr: float,

@@ -190,6 +190,13 @@ class VisionEncoder(nn.Module):
             patches = resized[0].flatten(1).T
         return self.position_embedding[0], patches.to(dtype)
 
+    @torch.no_grad()
+    def resize_positions(self, image_size: int) -> None:
+        """Give the position embedding the grid of another ``config.image_size``, which the caller then sets."""
+        side = image_size // self.config.patch_size
+        class_position, patches = self._positions((side, side), self.position_embedding.dtype)
+        self.position_embedding = nn.Parameter(torch.cat([class_position[None], patches]))
+
     def _run(
         self, patches: Tensor, classes: Tensor, temporal: Tensor | None, trace: Trace | None = None
     ) -> Tensor:

@@ -16,47 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.tasks.registry import KINDS, TASK_TAGS
+from pipeline.fine_tuning.config import RetrievalFineTuning
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
+from pipeline.training.config import Block, CheckpointBlock, TrainBlock
 from sharding.errors import UserError
-from sharding.order import LARGEST_WINDOW
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
 from sharding.storage import StorageConfig
-
-ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
-
-#: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
-PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
-
-#: Keys of DeepSpeed's configuration that the job decides elsewhere, and where.
-DEEPSPEED_OWNED = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.global_batch, train.accumulation and train.workers",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clipping",
-    "optimizer": "train.learning_rate, train.betas, train.eps and train.weight_decay",
-    "scheduler": "train.schedule",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "compile": "train.compile",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "checkpoint": "the checkpoints block",
-}
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Block(BaseModel):
-    """A block of the YAML: unknown keys are refused, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelBlock(Block):
@@ -82,170 +54,6 @@ class ModelBlock(Block):
                 raise ValueError(f"model.overrides: unknown field '{key}'{did_you_mean(key, known)}")
         GLSCLConfig.preset(self.preset, **self.overrides)
         return self
-
-
-class AugmentationBlock(Block):
-    """What happens to training pictures; drawn per sample from the run's seed.
-
-    ``crop`` is the smallest share of the picture's area a random resized crop keeps (1: CLIP's resize and
-    centre crop, the paper's recipe for images); ``flip`` is the chance of a mirror image; ``rand_augment``
-    applies RandAugment(2, 9) as the paper does on video.
-    """
-
-    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    flip: Fraction = 0.0
-    rand_augment: bool = False
-
-
-class StageBlock(Block):
-    """One stretch of training with its own resolution, data mixture and objectives."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    steps: Annotated[int, Field(gt=0)]
-    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    objectives: Annotated[dict[ObjectiveName, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
-        default_factory=lambda: dict(PAPER_OBJECTIVES)
-    )
-    resolution: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="pixels; default: the model's image_size"
-    )
-    frames: Annotated[int, Field(ge=1)] = Field(4, description="frames drawn from a clip (images have one)")
-    global_batch: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="default: train.global_batch"
-    )
-    checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="steps; the stage's end always"
-    )
-    augmentation: AugmentationBlock = AugmentationBlock()
-
-
-class ScheduleBlock(Block):
-    """Learning-rate schedule over the whole run: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
-
-    warmup: Fraction = 0.1
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-
-
-class TrainBlock(Block):
-    """The training: workers, batch, optimizer, DeepSpeed and the stages."""
-
-    workers: Annotated[int, Field(ge=1)] = 1
-    global_batch: Annotated[int, Field(gt=1)] = Field(
-        default=4096, description="samples of one optimizer step"
-    )
-    accumulation: Annotated[int, Field(ge=1)] = Field(
-        1, description="contrastive batches of one global batch"
-    )
-    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="samples a worker computes at once: its share of a contrastive batch is then worked off in parts, "
-        "with the same gradient and about a third more time; null: all at once",
-    )
-    lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
-    shuffle_window: Annotated[int, Field(ge=1, le=LARGEST_WINDOW)] = Field(
-        16384, description="samples shuffled among each other"
-    )
-    loader_processes: Annotated[int, Field(ge=0)] = 1
-    cache_mb: Annotated[int, Field(ge=0)] = Field(
-        0, description="local shard cache of a node; 0: range reads"
-    )
-    precision: Literal["fp32", "bf16-autocast", "bf16", "fp16"] = Field(
-        "fp32",
-        description="bf16-autocast: parameters stay fp32, products are bf16; bf16, fp16: parameters too "
-        "(the optimizer's copy is fp32)",
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    fusion_multiplier: Annotated[float, Field(gt=0)] = 5.0
-    head_multiplier: Annotated[float, Field(gt=0)] = 5.0
-    clipping: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="largest gradient norm; null: none"
-    )
-    schedule: ScheduleBlock = ScheduleBlock()
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute each block in the backward instead of keeping its activations"
-    )
-    compile: bool = Field(default=False, description="torch.compile for each block; needs a compiler")
-    bad_sample_limit: Fraction = Field(
-        0.01, description="share of unreadable samples above which the run stops"
-    )
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts after a worker's death")
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
-    stages: Annotated[list[StageBlock], Field(min_length=1)]
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
-    def parts(self, stage: StageBlock) -> int:
-        """In how many parts a worker computes its share of a stage's contrastive batch."""
-        share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
-        return share // self.micro_batch if self.micro_batch else 1
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 to 3."""
-        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for key, owner in DEEPSPEED_OWNED.items():
-            if key in self.deepspeed:
-                raise ValueError(f"train.deepspeed.{key} is decided by {owner}: set it there")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(
-                f"train.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
-            )
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError("train.precision: bf16 needs train.deepspeed.zero_optimization.stage 1, 2 or 3")
-        if self.lanes % self.workers:
-            raise ValueError(
-                f"train.lanes: got {self.lanes}, which {self.workers} workers do not divide; "
-                f"workers that do: {divisors(self.lanes)}"
-            )
-        for stage in self.stages:
-            batch = stage.global_batch or self.global_batch
-            unit = self.lanes * self.accumulation
-            if batch % unit:
-                raise ValueError(
-                    f"stage '{stage.name}': a global batch of {batch} is not a multiple of lanes x accumulation "
-                    f"= {unit}; the nearest that is: {max(unit, round(batch / unit) * unit)}"
-                )
-            self._check_micro_batch(stage, batch)
-        if len({self.parts(stage) for stage in self.stages}) > 1:
-            raise ValueError(
-                "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
-            )
-        names = [stage.name for stage in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"train.stages: two stages are named '{name}'")
-        return self
-
-    def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
-        group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)
-        if self.micro_batch is not None and (share % self.micro_batch or self.micro_batch % group):
-            possible = [size for size in divisors(share) if size % group == 0]
-            raise ValueError(
-                f"train.micro_batch: got {self.micro_batch}; stage '{stage.name}' gives a worker {share} samples "
-                f"in groups of {group}: choose from {possible}"
-            )
-
-
-class CheckpointBlock(Block):
-    """When checkpoints are written and which are kept (the newest and those awaiting evaluation always are)."""
-
-    every: Annotated[int, Field(gt=0)] = Field(default=1000, description="steps; a stage may say otherwise")
-    keep_last: Annotated[int, Field(ge=1)] = 2
-    keep_every: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="keep those at multiples of so many steps"
-    )
-    keep_best: str | None = Field(
-        default=None, description="'TASK/METRIC' whose best checkpoint is kept, e.g. images/t2i_R10"
-    )
 
 
 # Tags of the two kinds of datasets. They are no keys of the YAML, so error messages leave them out.
@@ -317,6 +125,24 @@ class JobConfig(Block):
                     f"evaluate task '{task.name}': there is no dataset '{task.dataset_name}'"
                     f"{did_you_mean(task.dataset_name, self.datasets)}"
                 )
+            recipe = task.fine_tuning
+            if recipe is not None and recipe.resolution % model.patch_size:
+                raise ValueError(
+                    f"evaluate task '{task.name}', fine_tune.resolution: {recipe.resolution} is not a multiple of the "
+                    f"model's patch_size {model.patch_size}"
+                )
+            if isinstance(recipe, RetrievalFineTuning):
+                trained = self.datasets.get(recipe.dataset)
+                if trained is None:
+                    raise ValueError(
+                        f"evaluate task '{task.name}', fine_tune.dataset: there is no dataset '{recipe.dataset}'"
+                        f"{did_you_mean(recipe.dataset, self.datasets)}"
+                    )
+                if trained.modality != recipe.modality:
+                    raise ValueError(
+                        f"evaluate task '{task.name}', fine_tune.modality: got {recipe.modality}; the dataset "
+                        f"'{recipe.dataset}' is of {trained.modality}s"
+                    )
             if task.frames_taken > model.max_frames:
                 raise ValueError(
                     f"evaluate task '{task.name}', frames: got {task.frames_taken} is above the model's "
@@ -336,11 +162,6 @@ class JobConfig(Block):
                     f"evaluate tasks ({', '.join(names) or 'there are none'})"
                 )
         return self
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of ``number``, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:

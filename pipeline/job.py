@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,8 @@ from pipeline.config import JobConfig, did_you_mean
 from pipeline.errors import NonFiniteLoss, Regressed
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
+from pipeline.evaluation.runner import Runner
+from pipeline.fine_tuning.launch import FineTuningSetup
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
 from pipeline.runs import RunFolder, open_run_folder, run_path
@@ -35,6 +38,7 @@ from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan, train
+from pipeline.training.pretraining import PretrainingSubject
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -270,11 +274,12 @@ def _dispatcher(
 ) -> Dispatcher:
     paths = {n: config.prepared for n, config in job.datasets.items() if isinstance(config, PreparedConfig)}
     paths |= {name: dataset.path for name, dataset in prepared.items()}
+    datasets = {name: storage.resolve(path) for name, path in paths.items()}
     return Dispatcher(
         run.storage,
         job.evaluate,
         storage,
-        {name: storage.resolve(path) for name, path in paths.items()},
+        datasets,
         tokenizer=job.model.tokenizer,
         seed=job.seed,
         on_result=results.add,
@@ -282,6 +287,7 @@ def _dispatcher(
         retry_failed=retry_failed,
         only=only,
         every_checkpoint=every_checkpoint,
+        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets)),
     )
 
 
@@ -303,9 +309,12 @@ def _train(
     scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
     board = Board()
     plan = TrainingPlan(
-        job=job.model_copy(update={"tracking": tracker.config}),
-        datasets={name: dataset.path for name, dataset in prepared.items()},
-        run_path=run.path,
+        subject=PretrainingSubject(job, {name: dataset.path for name, dataset in prepared.items()}),
+        course=job.train,
+        seed=job.seed,
+        run=run.storage,
+        checkpoint_every=job.checkpoints.every,
+        tracking=tracker.config,
         tracking_key=run.key,
         tracking_run=tracker.run_id,
         scratch=scratch,

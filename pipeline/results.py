@@ -21,11 +21,13 @@ class Results:
     Attributes:
         stop: set once a fall is to stop the training.
         reason: why, in one line.
+        tracking: where MLflow is.
     """
 
     def __init__(self, job: JobConfig, run: RunFolder, tracker: Tracker, report: LiveReport) -> None:
         self.stop = threading.Event()
         self.reason = ""
+        self.tracking = tracker.config
         self._run, self._tracker, self._report = run.storage, tracker, report
         self._kept = job.checkpoints.keep_best
         self._standings = Standings(job.evaluate.regression, Ledger(run.storage), job.seed)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from pipeline.config import AugmentationBlock
+from pipeline.training.config import AugmentationBlock
 
 # The random resized crop of Inception, as torchvision has it.
 _LOWEST_ASPECT = 3 / 4

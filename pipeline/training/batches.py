@@ -1,50 +1,25 @@
-"""Which samples make up which batch, and how they become tensors in the loader processes.
-
-Everything is a function of (the data's digests, run seed, stage, step): the loader's state is the step. Which
-samples a global batch holds is told by ``data_order``. A global batch of G samples is A contrastive batches of
-C = G/A; each of the L lanes gives C/L consecutive samples (a *group*) to a contrastive batch, and each worker
-holds a contiguous slice of the lanes::
-
-    global batch   lane 0: a0 a0 a1 a1   lane 1: a0 a0 a1 a1   ...      A = 2, C/L = 2
-    worker 0, accumulation step 0:  lane 0's a0 a0 | lane 1's a0 a0 | ...   each | a group
-"""
+"""The batches of the pre-training: how samples of shards become tensors in the loader processes."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model import GLSCLConfig, GLSCLProcessor, PretrainingMasks, draw_masks
-from pipeline.config import StageBlock, TrainBlock
 from pipeline.training.augmentation import Augmentation
-from pipeline.training.consumption import RETRACTED
-from pipeline.training.data_order import DataOrder
-from pipeline.training.transport import SharedPixels, send_batches_through_slots, stack_pixels
+from pipeline.training.config import Stage, TrainBlock
+from pipeline.training.loading import Slot, StageSampler, TrainingBatch, batch_loader, pixel_memory
+from pipeline.training.transport import SharedPixels, stack_pixels
 from sharding.decoding import decode_image
 from sharding.errors import BadData
 from sharding.media import decode_video
 from sharding.reader import RawSample, ShardReader
 from sharding.seeds import derive_seed, generator
-
-#: Batches that each loader process works on ahead of the training.
-PREFETCHED_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place in a batch: where its sample lies, or ``row`` -1 for the empty slots at an epoch's end."""
-
-    dataset: str
-    shard: int
-    row: int
-    epoch: int
 
 
 @dataclass(frozen=True)
@@ -61,26 +36,16 @@ class Sample:
 
 
 @dataclass
-class Batch:
+class Batch(TrainingBatch):
     """One worker's part of a contrastive batch: B samples, T text tokens, F frames."""
 
     input_ids: torch.Tensor  # int64 [B, T]
     attention_mask: torch.Tensor  # int64 [B, T]
     pixel_values: torch.Tensor  # uint8 [B, F, 3, H, W], channels last in memory
     masks: PretrainingMasks
-    valid: torch.Tensor  # bool [B]
-    keys: list[str]
-    slots: list[Slot]  # where each sample lies
-    causes: list[str | None]  # why a sample is not valid; None for those that are, and for empty slots
     group_size: int
 
-    @property
-    def bad(self) -> Counter[str]:
-        """Unreadable samples by cause; neither empty slots nor retracted samples are bad."""
-        return Counter(cause for cause in self.causes if cause not in (None, RETRACTED))
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``."""
+    def to(self, device: torch.device) -> Self:
         return dataclasses.replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -119,8 +84,7 @@ class Batch:
             )
         return cuts
 
-    def pin_memory(self) -> Batch:
-        """Page-locked copies, so that :meth:`to` overlaps with computing (the DataLoader calls this)."""
+    def pin_memory(self) -> Self:
         return dataclasses.replace(
             self,
             input_ids=self.input_ids.pin_memory(),
@@ -131,56 +95,10 @@ class Batch:
         )
 
 
-class StageSampler(Sampler[list[Slot]]):
-    """The slots of one worker's batches, from ``start_step`` to the stage's end, ``accumulation`` lists a step."""
-
-    def __init__(
-        self,
-        stage: StageBlock,
-        train: TrainBlock,
-        readers: dict[str, ShardReader],
-        *,
-        seed: int,
-        start_step: int,
-        worker: int,
-        workers: int,
-    ) -> None:
-        self._stage, self._train, self._start_step = stage, train, start_step
-        self._worker, self._workers = worker, workers
-        self._order = DataOrder(train, {name: reader.manifest for name, reader in readers.items()}, seed)
-
-    @property
-    def group_size(self) -> int:
-        """Samples that one lane gives to one contrastive batch."""
-        global_batch = self._stage.global_batch or self._train.global_batch
-        return global_batch // (self._train.lanes * self._train.accumulation)
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of one worker in one contrastive batch."""
-        global_batch = self._stage.global_batch or self._train.global_batch
-        return global_batch // (self._train.accumulation * self._workers)
-
-    def __len__(self) -> int:
-        return (self._stage.steps - self._start_step) * self._train.accumulation
-
-    def __iter__(self) -> Iterator[list[Slot]]:
-        for step in self._order.stage(self._stage, self._start_step):
-            slots = self._order.slots(step, self._worker, self._workers)
-            lanes = self._train.lanes // self._workers
-            by_batch = slots.reshape(lanes, self._train.accumulation, self.group_size, 2).swapaxes(0, 1)
-            for part in by_batch:
-                yield [
-                    Slot(step.dataset, shard, row, step.epoch) for shard, row in part.reshape(-1, 2).tolist()
-                ]
-
-
 class StageDataset(Dataset[Sample]):
     """Samples by slot: read, decode, augment. Lives in the loader processes; holds no state between samples."""
 
-    def __init__(
-        self, readers: dict[str, ShardReader], stage: StageBlock, *, image_size: int, seed: int
-    ) -> None:
+    def __init__(self, readers: dict[str, ShardReader], stage: Stage, *, image_size: int, seed: int) -> None:
         self._readers, self._stage, self._seed = readers, stage, seed
         self._size = stage.resolution or image_size
         self._augmentation = Augmentation(stage.augmentation, self._size)
@@ -270,7 +188,7 @@ class Collator:
 
 
 def stage_loader(
-    stage: StageBlock,
+    stage: Stage,
     train: TrainBlock,
     readers: dict[str, ShardReader],
     config: GLSCLConfig,
@@ -286,30 +204,13 @@ def stage_loader(
 
     ``around`` may wrap the sampler, e.g. to fetch what its batches need.
     """
+    datasets = {name: reader.manifest for name, reader in readers.items()}
     sampler = StageSampler(
-        stage, train, readers, seed=seed, start_step=start_step, worker=worker, workers=workers
+        stage, train, datasets, seed=seed, start_step=start_step, worker=worker, workers=workers
     )
     dataset = StageDataset(readers, stage, image_size=config.image_size, seed=seed)
-    memory = None
-    if train.loader_processes:
-        slots = PREFETCHED_BATCHES + 2  # the batch at hand and the one before it
-        size = dataset.largest_pixels * sampler.batch_size
-        memory = SharedPixels(train.loader_processes, slots, size)
-    return DataLoader(
-        dataset,
-        batch_sampler=around(sampler) if around is not None else sampler,
-        num_workers=train.loader_processes,
-        collate_fn=Collator(config, tokenizer, sampler.group_size, memory),
-        # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
-        multiprocessing_context="forkserver" if train.loader_processes else None,
-        prefetch_factor=PREFETCHED_BATCHES if train.loader_processes else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin_loader_process,
+    memory = pixel_memory(train.loader_processes, dataset.largest_pixels * sampler.batch_size)
+    collate = Collator(config, tokenizer, sampler.group_size, memory)
+    return batch_loader(
+        dataset, around(sampler) if around is not None else sampler, collate, train.loader_processes
     )
-
-
-def _begin_loader_process(_: int) -> None:
-    # Loader processes share the cores with the training; more threads each only contend.
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    send_batches_through_slots()

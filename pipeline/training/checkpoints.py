@@ -199,17 +199,18 @@ def resume(
     *,
     expected: dict[str, Any],
     warn: Callable[[str], None],
+    place: str = "train",
 ) -> Checkpoint | None:
     """Load the newest checkpoint that verifies into ``engine``; None when there is none. Collective.
 
     ``expected`` names the record's entries that must be equal (data digests, ZeRO stage, ...). ``warn`` is
-    told, on worker 0, of each checkpoint that is passed over.
+    told, on worker 0, of each checkpoint that is passed over. ``place`` is where the recipe stands in the YAML.
 
     Raises:
         UserError: the run was made with other data, another ZeRO stage or another number of workers.
     """
     for candidate in _agreed_candidates(run, context):
-        _refuse_mismatch(candidate, context, expected, run)
+        _refuse_mismatch(candidate, context, expected, run, place)
         folder = scratch / f"node-{context.node_rank}" / f"resume-{candidate.step:08d}"
         fault = ""
         if context.local_rank == 0:
@@ -246,12 +247,16 @@ def _agreed_candidates(run: Storage, context: WorkerContext) -> list[Checkpoint]
 
 
 def _refuse_mismatch(
-    checkpoint: Checkpoint, context: WorkerContext, expected: dict[str, Any], run: Storage
+    checkpoint: Checkpoint,
+    context: WorkerContext,
+    expected: dict[str, Any],
+    run: Storage,
+    place: str = "train",
 ) -> None:
     url = run.url_of(checkpoint.path)
     if checkpoint.record["world_size"] != context.world_size:
         raise UserError(
-            f"{url} was written by {checkpoint.record['world_size']} workers; set train.workers to "
+            f"{url} was written by {checkpoint.record['world_size']} workers; set {place}.workers to "
             f"{checkpoint.record['world_size']} to go on with it (now {context.world_size})"
         )
     for key, value in expected.items():

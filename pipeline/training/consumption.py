@@ -33,7 +33,7 @@ from sharding.errors import BadData
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerContext
-    from pipeline.training.batches import Batch
+    from pipeline.training.loading import TrainingBatch
     from sharding.storage import Storage
 
 FOLDER = "consumption"
@@ -144,7 +144,7 @@ class ConsumptionRecorder:
         self._hashes = {name: SampleHash(digest) for name, digest in shards.items()}
         self._steps: list[StepRecord] = []
 
-    def add(self, step: int, batch: Batch) -> None:
+    def add(self, step: int, batch: TrainingBatch) -> None:
         """Note what this worker trains on in ``step``, counted from 1; once for each of its contrastive batches."""
         slot = batch.slots[0]  # a step is of one dataset and one epoch
         if not self._steps or self._steps[-1].step != step:

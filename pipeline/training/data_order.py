@@ -14,9 +14,9 @@ no sample was shown more than once more than another of its dataset. For L = 2 l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,8 +24,28 @@ from sharding.order import EpochOrder, batch_slots, epoch_order, steps_per_epoch
 from sharding.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from pipeline.config import StageBlock, TrainBlock
-    from sharding.manifest import Manifest
+    from pipeline.training.config import Course, Stage
+
+
+class Sized(Protocol):
+    """A shard, as far as the order is concerned."""
+
+    @property
+    def samples(self) -> int: ...
+
+
+class Ordered(Protocol):
+    """Data that can be put in order: a dataset's manifest, or what a task reads in a format of its own.
+
+    Attributes:
+        shards_digest: of what the shards hold, so that other data have another order.
+        shards: what lies together, in a fixed order; a sample is (number of its shard, row).
+    """
+
+    @property
+    def shards_digest(self) -> str: ...
+    @property
+    def shards(self) -> Sequence[Sized]: ...
 
 
 @dataclass(frozen=True)
@@ -76,17 +96,17 @@ class DataOrder:
     Holds the plan of one epoch of each dataset at hand (two numbers a shard), and one small number a step.
 
     Args:
-        train: the job's block: lanes, window, global batch and stages decide.
-        datasets: manifest of each dataset that a stage trains on.
+        train: its lanes, window, global batch and stages decide.
+        datasets: each dataset that a stage trains on.
         seed: of the run.
     """
 
-    def __init__(self, train: TrainBlock, datasets: Mapping[str, Manifest], seed: int) -> None:
+    def __init__(self, train: Course, datasets: Mapping[str, Ordered], seed: int) -> None:
         self._train, self._seed = train, seed
-        self._shards = {name: manifest.shards_digest for name, manifest in datasets.items()}
+        self._shards = {name: dataset.shards_digest for name, dataset in datasets.items()}
         self._counts = {
-            name: np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
-            for name, manifest in datasets.items()
+            name: np.array([shard.samples for shard in dataset.shards], dtype=np.int64)
+            for name, dataset in datasets.items()
         }
         self._samples = {name: int(counts.sum()) for name, counts in self._counts.items()}
         self._orders: dict[str, EpochOrder] = {}
@@ -95,7 +115,7 @@ class DataOrder:
         """Samples of an epoch, retracted ones included."""
         return self._samples[dataset]
 
-    def stage(self, stage: StageBlock, start_step: int = 0) -> Iterator[StepData]:
+    def stage(self, stage: Stage, start_step: int = 0) -> Iterator[StepData]:
         """The steps of a stage, from its own step ``start_step`` on. O(steps before) once, then O(1) each.
 
         Args:
@@ -115,7 +135,7 @@ class DataOrder:
         order = self._order(step.dataset, step.epoch)
         return batch_slots(order, step.position, step.global_batch, worker, workers, taken=step.taken)
 
-    def _before(self, stage: StageBlock) -> dict[str, _Progress]:
+    def _before(self, stage: Stage) -> dict[str, _Progress]:
         """How far each of the stage's datasets has been shown when it begins."""
         progress: dict[str, _Progress] = {}
         for earlier in self._train.stages:

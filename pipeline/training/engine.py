@@ -8,8 +8,9 @@ import torch
 
 from cluster.engine import prepare_deepspeed
 from cluster.workers import WorkerContext
-from model import GLSCLConfig, GLSCLForPreTraining
-from pipeline.config import ModelBlock, TrainBlock
+from model import GLSCLConfig, GLSCLForPreTraining, GLSCLPreTrainedModel
+from pipeline.config import ModelBlock
+from pipeline.training.config import Course, Recipe, TrainBlock
 from sharding.seeds import derive_seed
 
 
@@ -30,8 +31,8 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
     return model
 
 
-def deepspeed_config(train: TrainBlock) -> dict[str, Any]:
-    """The job's ``deepspeed`` block, completed by what the job decides (see ``config.DEEPSPEED_OWNED``)."""
+def deepspeed_config(train: Course) -> dict[str, Any]:
+    """The ``deepspeed`` block, completed by what is decided elsewhere (see ``config.DEEPSPEED_OWNED``)."""
     backwards = train.accumulation * train.parts(train.stages[0])
     config: dict[str, Any] = {
         **train.deepspeed,
@@ -51,7 +52,7 @@ def deepspeed_config(train: TrainBlock) -> dict[str, Any]:
 
 
 def build_engine(
-    model: GLSCLForPreTraining, train: TrainBlock, context: WorkerContext
+    model: GLSCLPreTrainedModel, train: Course, context: WorkerContext
 ) -> tuple[Any, list[float]]:
     """DeepSpeed engine with AdamW over the model's parameter groups; returns it and the groups' peak rates."""
     prepare_deepspeed(context.device)
@@ -69,7 +70,7 @@ def build_engine(
     return engine, peaks
 
 
-def optimizer_step(engine: Any, train: TrainBlock) -> None:
+def optimizer_step(engine: Any, train: Recipe) -> None:
     """The engine's own step, which acts on the last accumulation part only; then gradients that must not stay."""
     updates = engine.is_gradient_accumulation_boundary()
     engine.step()

@@ -45,8 +45,8 @@ class BadSampleGuard:
     #: Below so many samples a share says nothing: one bad picture in the first batch must not stop a run.
     MINIMUM = 1000
 
-    def __init__(self, limit: float, device: torch.device) -> None:
-        self._limit, self._device = limit, device
+    def __init__(self, limit: float, device: torch.device, place: str = "train") -> None:
+        self._limit, self._device, self._place = limit, device, place
         self.seen = 0
         self.causes: Counter[str] = Counter()
 
@@ -69,5 +69,5 @@ class BadSampleGuard:
             counted = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common())
             raise BadDataLimit(
                 f"{total} of {self.seen} samples could not be read ({counted}): more than "
-                f"train.bad_sample_limit {self._limit:g} allows"
+                f"{self._place}.bad_sample_limit {self._limit:g} allows"
             )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch.utils.data import Sampler
 
-from pipeline.config import StageBlock, TrainBlock
-from pipeline.training.batches import PREFETCHED_BATCHES, Slot
+from pipeline.training.config import StageBlock, TrainBlock
+from pipeline.training.loading import PREFETCHED_BATCHES, Slot
 from sharding.cache import ShardCache
 from sharding.errors import UserError
 from sharding.manifest import Manifest

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import TrainBlock
 from pipeline.training.checkpoints import Checkpoint
+from pipeline.training.config import TrainBlock
 from pipeline.training.consumption import (
     MODULUS,
     RETRACTED,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pipeline.config import CheckpointBlock
 from pipeline.training.checkpoints import Checkpoint
+from pipeline.training.config import CheckpointBlock
 
 
 def expendable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.config import ScheduleBlock
+from pipeline.training.config import ScheduleBlock
 
 
 def learning_rate_scale(step: int, total_steps: int, schedule: ScheduleBlock) -> float:

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import ClusterConfig
-from cluster.resources import places, shortage
+from cluster.config import ClusterConfig, WorkerResources
+from cluster.resources import for_fine_tuning, places, shortage
 
 NODE = {"CPU": 4.0, "GPU": 1.0, "evaluation": 1.0, "memory": 1e9, "node:10.0.0.1": 1.0}
 
@@ -35,6 +35,18 @@ def test_a_shortage_says_what_is_there_and_what_is_wanted(config: dict, told: st
     assert "\n" not in line
     assert "memory" not in line
     assert "10.0.0.1" not in line
+
+
+def test_a_fine_tuning_takes_no_cpus_where_nodes_offer_places_for_it() -> None:
+    config = ClusterConfig.model_validate({"worker": {"cpus": 2, "gpus": 1}})
+
+    def bundle(config: ClusterConfig, offered: dict[str, float]) -> dict[str, float]:
+        return for_fine_tuning(config, offered).worker.bundle()
+
+    assert bundle(config, NODE | {"fine-tuning": 8.0}) == {"GPU": 1.0, "fine-tuning": 1.0}
+    assert bundle(config, NODE) == {"CPU": 2.0, "GPU": 1.0}  # as the training, after whose end there is room
+    said = config.model_copy(update={"fine_tuning": WorkerResources(cpus=0.5)})
+    assert bundle(said, NODE | {"fine-tuning": 8.0}) == {"CPU": 0.5}
 
 
 def test_no_shortage_where_all_fits() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, WorkerGroupError, WorkersStopped
+from cluster.resources import for_fine_tuning
 from cluster.workers import WorkerContext, run_workers
 
 CONFIG = ClusterConfig()
@@ -192,6 +193,52 @@ def test_deepspeed_trains_under_zero_1(ray_session: None, tmp_path: Path) -> Non
     first, second = _run(_train_with_zero_1, tmp_path)
     assert first.split()[1] == second.split()[1] == "True"
     assert first.split()[2] == second.split()[2]  # both hold the same weights
+
+
+class _Evaluation:
+    """Stands for the evaluation's actor, which starts a group of its own."""
+
+    def fine_tune(self, folder: Path) -> None:
+        import ray
+
+        config = for_fine_tuning(CONFIG, ray.cluster_resources())
+        run_workers(
+            _waits,
+            folder,
+            workers=2,
+            config=config,
+            name="nested",
+            max_failures=0,
+            scratch=folder / "scratch",
+        )
+
+
+def _waits(context: WorkerContext, folder: Path) -> None:
+    (folder / f"pid-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_a_group_within_an_actor_runs_beside_a_training_that_holds_all_cpus_and_dies_with_the_actor(
+    ray_session: None, tmp_path: Path
+) -> None:
+    import psutil
+    import ray
+
+    everything = int(ray.cluster_resources()["CPU"])
+    training = ray.remote(_Evaluation).options(num_cpus=everything).remote()
+    actor = ray.remote(_Evaluation).options(num_cpus=0, resources={"evaluation": 1}).remote()
+    ended = actor.fine_tune.remote(tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while len(pids := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+            assert not ray.wait([ended], timeout=0.2)[0]
+            assert time.monotonic() < deadline
+        workers = [psutil.Process(pid) for pid in pids]
+    finally:
+        ray.kill(actor)
+        ray.kill(training)
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 def test_workers_that_cannot_fit_are_refused(ray_session: None, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from pipeline.config import AugmentationBlock
 from pipeline.training.augmentation import Augmentation, random_crop
+from pipeline.training.config import AugmentationBlock
 
 SIZE = 32
 

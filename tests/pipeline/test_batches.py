@@ -227,6 +227,9 @@ def test_loader_processes_give_the_same_batches(job: JobConfig, readers: dict[st
 
 
 def test_the_sampler_knows_its_length(job: JobConfig, readers: dict[str, ShardReader]) -> None:
-    sampler = StageSampler(job.train.stages[0], job.train, readers, seed=7, start_step=3, worker=1, workers=2)
+    manifests = {name: reader.manifest for name, reader in readers.items()}
+    sampler = StageSampler(
+        job.train.stages[0], job.train, manifests, seed=7, start_step=3, worker=1, workers=2
+    )
     assert len(sampler) == len(list(sampler)) == 5
     assert sampler.group_size == 4

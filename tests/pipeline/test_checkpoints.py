@@ -19,7 +19,8 @@ from pipeline.training.checkpoints import (
     fetch_model,
     list_checkpoints,
 )
-from pipeline.training.loop import _identity, _tell_retracted
+from pipeline.training.loop import TrainingPlan, _identity
+from pipeline.training.pretraining import Pretraining, PretrainingSubject
 from sharding.errors import BadData, UserError
 from sharding.manifest import Manifest
 from sharding.reader import ShardReader
@@ -106,15 +107,27 @@ def test_a_run_goes_on_after_a_retraction_but_not_on_other_shards(
     retracted = manifest.model_copy(update={"dropped_keys": ["000000-000001"]})
     other = manifest_of("emoji", [4])
 
-    def readers(of: Manifest) -> dict[str, ShardReader]:
-        return {"emoji": ShardReader(run, of)}
+    plan = TrainingPlan(
+        subject=PretrainingSubject(job, {}),
+        course=job.train,
+        seed=job.seed,
+        run=run,
+        checkpoint_every=4,
+        tracking=job.tracking,
+        tracking_key="tiny",
+        tracking_run=None,
+        scratch=tmp_path / "scratch",
+    )
 
-    begun = _identity(job, readers(manifest))
-    checkpoint = commit(run, 4, world_size=1, data={"emoji": manifest.digest}, **begun)
-    _refuse_mismatch(checkpoint, context, _identity(job, readers(retracted)), run)
+    def learner(of: Manifest) -> Pretraining:
+        return Pretraining(job, run, {"emoji": ShardReader(run, of)}, context, plan.scratch)
+
+    begun = _identity(plan, learner(manifest))
+    checkpoint = commit(run, 4, world_size=1, **learner(manifest).details(), **begun)
+    _refuse_mismatch(checkpoint, context, _identity(plan, learner(retracted)), run)
     with caplog.at_level(logging.INFO):
-        _tell_retracted(readers(retracted), checkpoint)
+        learner(retracted).begins(checkpoint.record)
     assert "1 of 4 samples are retracted" in caplog.text
     assert "other samples are retracted than at step 4" in caplog.text
     with pytest.raises(UserError, match="shards was"):
-        _refuse_mismatch(checkpoint, context, _identity(job, readers(other)), run)
+        _refuse_mismatch(checkpoint, context, _identity(plan, learner(other)), run)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import PAPER_OBJECTIVES, load_job, parse_job
+from pipeline.config import load_job, parse_job
+from pipeline.training.config import PAPER_OBJECTIVES
 from sharding.errors import UserError
 from tests.fixtures.jobs import tiny_job, write_job
 

@@ -38,7 +38,6 @@ from pipeline.training.consumption import (
 from pipeline.training.verify_epoch import verify_epoch
 from sharding.errors import UserError
 from sharding.manifest import Manifest
-from sharding.reader import ShardReader
 from sharding.storage import Storage, open_storage
 from tests.fixtures.jobs import tiny_job
 from tests.pipeline.test_checkpoints import commit
@@ -97,15 +96,13 @@ class SimulatedRun:
 
     def steps(self, start: int, worker: int = 0, workers: int = 1) -> Iterator[tuple[int, list[Slot]]]:
         """(step from 1, slots) of each contrastive batch of a worker."""
-        nowhere = open_storage("/nowhere")
-        readers = {name: ShardReader(nowhere, manifest) for name, manifest in self.manifests.items()}
         first = 0
         for stage in self.job.train.stages:
             begin = min(max(start - first, 0), stage.steps)
             sampler = StageSampler(
                 stage,
                 self.job.train,
-                readers,
+                self.manifests,
                 seed=self.job.seed,
                 start_step=begin,
                 worker=worker,

@@ -6,17 +6,14 @@ import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.config import StageBlock, TrainBlock, divisors
 from pipeline.training.batches import Slot, StageSampler
+from pipeline.training.config import StageBlock, TrainBlock, divisors
 from pipeline.training.data_order import DataOrder, draw_mixture
 from sharding.manifest import Counts, Manifest, Modality, ShardRecord
-from sharding.reader import ShardReader
-from sharding.storage import open_storage
 
 SEED = 5
 
@@ -35,11 +32,6 @@ def manifest_of(name: str, shards: list[int], *, modality: Modality = "image") -
         shards=records,
         counts=Counts(),
     )
-
-
-def readers_of(manifests: dict[str, Manifest]) -> dict[str, ShardReader]:
-    """Readers that nothing is read from."""
-    return {name: ShardReader(open_storage(Path("/nowhere")), each) for name, each in manifests.items()}
 
 
 def train_block(
@@ -61,12 +53,12 @@ def train_block(
 
 
 def stage_batches(
-    train: TrainBlock, readers: dict[str, ShardReader], stage: int, start: int, workers: int
+    train: TrainBlock, data: dict[str, Manifest], stage: int, start: int, workers: int
 ) -> list[list[Slot]]:
     """The contrastive batches from a restart on, the parts of all workers together; all take the same steps."""
     samplers = [
         StageSampler(
-            train.stages[stage], train, readers, seed=SEED, start_step=start, worker=worker, workers=workers
+            train.stages[stage], train, data, seed=SEED, start_step=start, worker=worker, workers=workers
         )
         for worker in range(workers)
     ]
@@ -75,9 +67,9 @@ def stage_batches(
     return [[slot for part in batch for slot in part] for batch in zip(*parts, strict=True)]
 
 
-def undisturbed(train: TrainBlock, readers: dict[str, ShardReader]) -> list[list[list[Slot]]]:
+def undisturbed(train: TrainBlock, data: dict[str, Manifest]) -> list[list[list[Slot]]]:
     """By stage, batch and slot, of one worker."""
-    return [stage_batches(train, readers, number, 0, 1) for number in range(len(train.stages))]
+    return [stage_batches(train, data, number, 0, 1) for number in range(len(train.stages))]
 
 
 def assert_each_sample_once_an_epoch(run: list[list[list[Slot]]], manifests: dict[str, Manifest]) -> int:
@@ -123,12 +115,12 @@ SMALL = {
 def test_every_restart_with_every_number_of_workers_gives_the_rest_of_the_same_run(
     shape: tuple[int, int], window: int, stages: list[tuple[int, int, dict[str, float]]]
 ) -> None:
-    train, readers = train_block(*shape, window, stages), readers_of(SMALL)
-    run = undisturbed(train, readers)
+    train, data = train_block(*shape, window, stages), SMALL
+    run = undisturbed(train, data)
     assert_each_sample_once_an_epoch(run, SMALL)
     for number, stage in enumerate(train.stages):
         for start, workers in itertools.product(range(stage.steps + 1), divisors(train.lanes)):
-            rest = stage_batches(train, readers, number, start, workers)
+            rest = stage_batches(train, data, number, start, workers)
             assert rest == run[number][start * train.accumulation :], (number, start, workers)
 
 
@@ -152,9 +144,9 @@ def test_runs_with_many_restarts_and_resizes_show_each_sample_once_an_epoch() ->
             )
             for _ in range(draw.randint(1, 4))
         ]
-        train, readers = (
+        train, data = (
             train_block(lanes, accumulation, draw.choice((1, 2, 5, 64)), stages),
-            readers_of(manifests),
+            manifests,
         )
         run: list[list[list[Slot]]] = []
         for number, stage in enumerate(train.stages):
@@ -163,14 +155,14 @@ def test_runs_with_many_restarts_and_resizes_show_each_sample_once_an_epoch() ->
                 draw.randint(0, 3)
             ):  # killed so often; the newest checkpoint lies some steps before
                 start = len(done) // accumulation
-                part = stage_batches(train, readers, number, start, draw.choice(divisors(lanes)))
+                part = stage_batches(train, data, number, start, draw.choice(divisors(lanes)))
                 kept = draw.randint(0, stage.steps - start)
                 done += part[: kept * accumulation]
                 resumed_after_first_epoch += any(slot.epoch for batch in done for slot in batch)
             start = len(done) // accumulation
-            done += stage_batches(train, readers, number, start, draw.choice(divisors(lanes)))
+            done += stage_batches(train, data, number, start, draw.choice(divisors(lanes)))
             run.append(done)
-        assert run == undisturbed(train, readers), case
+        assert run == undisturbed(train, data), case
         whole += assert_each_sample_once_an_epoch(run, manifests)
     assert whole > 300
     assert resumed_after_first_epoch > 30
@@ -182,7 +174,7 @@ def test_an_epoch_goes_on_over_stages_so_that_no_sample_falls_behind() -> None:
     train = train_block(3, 1, 8, stages)
     shown: Counter[tuple[int, int]] = Counter()
     everything = [(s, r) for s, shard in enumerate(manifests["a"].shards) for r in range(shard.samples)]
-    for batch in itertools.chain.from_iterable(undisturbed(train, readers_of(manifests))):
+    for batch in itertools.chain.from_iterable(undisturbed(train, manifests)):
         shown.update((slot.shard, slot.row) for slot in batch if slot.row >= 0)
         times = [shown[sample] for sample in everything]
         assert max(times) - min(times) <= 1
@@ -203,7 +195,7 @@ def test_a_retraction_leaves_every_other_sample_in_its_place() -> None:
     train = train_block(4, 1, 3, [(12, 1, {"a": 1.0})])
     retracted = {"a": SMALL["a"].model_copy(update={"dropped_keys": ["000001-000000", "000002-000003"]})}
     assert retracted["a"].digest != SMALL["a"].digest
-    assert undisturbed(train, readers_of(retracted)) == undisturbed(train, readers_of(SMALL))
+    assert undisturbed(train, retracted) == undisturbed(train, SMALL)
 
 
 def test_other_shards_and_other_seeds_have_another_order() -> None:
@@ -249,7 +241,7 @@ def test_a_step_in_the_middle_of_a_run_costs_no_look_at_the_samples(monkeypatch:
     sampler = StageSampler(
         train.stages[0],
         train,
-        readers_of({"a": manifest}),
+        {"a": manifest},
         seed=SEED,
         start_step=399_000,
         worker=1,

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import AugmentationBlock, parse_job
+from pipeline.config import parse_job
 from pipeline.training.batches import Batch, stage_loader
+from pipeline.training.config import AugmentationBlock
 from pipeline.training.engine import model_config
 from sharding.prepare import prepare
 from sharding.reader import ShardReader

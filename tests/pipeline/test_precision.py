@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 STEP = """
 import json, sys, torch
 from cluster.workers import WorkerContext
-from pipeline.config import ModelBlock, TrainBlock
+from pipeline.config import ModelBlock
+from pipeline.training.config import TrainBlock
 from pipeline.training.engine import build_engine, build_model, gradient_norm, model_config, optimizer_step
 from tests.fixtures.jobs import MODEL
 from tests.model.small import small_batch

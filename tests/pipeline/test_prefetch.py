@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from pipeline.config import TrainBlock
 from pipeline.training.batches import Slot, StageDataset, StageSampler
+from pipeline.training.config import TrainBlock
 from pipeline.training.prefetch import PrefetchedSampler, bytes_needed, in_flight, open_cache
 from sharding.errors import UserError
 from sharding.order import batch_slots, epoch_order, shards_in_span, steps_per_epoch
@@ -37,7 +37,8 @@ def block(cache_mb=0, steps=20, **changes):
 
 def sampler(train, readers, **changes):
     options = {"seed": 1, "start_step": 0, "worker": 0, "workers": 1, **changes}
-    return StageSampler(train.stages[0], train, readers, **options)
+    manifests = {name: reader.manifest for name, reader in readers.items()}
+    return StageSampler(train.stages[0], train, manifests, **options)
 
 
 def test_a_cache_that_is_too_small_for_the_job_is_refused_with_the_number_that_is_needed(remote, tmp_path):

@@ -1,7 +1,7 @@
 """Retention never deletes what a resume or an evaluation still needs."""
 
-from pipeline.config import CheckpointBlock
 from pipeline.training.checkpoints import Checkpoint
+from pipeline.training.config import CheckpointBlock
 from pipeline.training.retention import expendable
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from model import GLSCLForPreTraining
-from pipeline.config import ModelBlock, TrainBlock
+from pipeline.config import ModelBlock
+from pipeline.training.config import TrainBlock
 from pipeline.training.engine import build_model, model_config
 from pipeline.training.weights import load_weights
 from sharding.errors import UserError

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from model import GLSCLForPreTraining, GLSCLProcessor
+    from pipeline.fine_tuning.config import FineTuning
     from sharding.reader import ShardReader
     from sharding.storage import Storage
 
@@ -65,9 +66,17 @@ class TaskConfig(BaseModel):
         """The most frames that the model is given at once."""
         return 1
 
+    @property
+    def fine_tuning(self) -> FineTuning | None:
+        """How the checkpoint is fine-tuned first (key ``fine_tune``); None: it is evaluated as it is."""
+        return None
+
     def decisive(self) -> dict[str, Any]:
         """The fields that decide the numbers, as plain data."""
-        return self.model_dump(mode="json", exclude=set(self.COST_ONLY))
+        excluded: dict[str, Any] = dict.fromkeys(self.COST_ONLY, True)
+        recipe = self.fine_tuning
+        excluded["fine_tune"] = True if recipe is None else set(recipe.COST_ONLY)
+        return self.model_dump(mode="json", exclude=excluded)
 
     def version(self, data_digest: str) -> str:
         """``<version of the kind>-<8 hex digits>``: changes with whatever changes the numbers.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.nlvr2.data import NLVR2Data
+from pipeline.fine_tuning.config import NLVR2FineTuning, wait_for_the_end
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -21,11 +22,22 @@ class NLVR2Task(TaskConfig):
     Attributes:
         data: the split that is judged.
         train: the splits that the model is fine-tuned on.
+        fine_tune: how; the paper's recipe unless the block says otherwise.
     """
 
     kind: Literal["nlvr2"] = "nlvr2"
     data: NLVR2Data
     train: Annotated[list[NLVR2Data], Field(min_length=1)]
+    fine_tune: NLVR2FineTuning = NLVR2FineTuning()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last(cls, block: Any) -> Any:
+        return wait_for_the_end(block, fine_tuned=True)
+
+    @property
+    def fine_tuning(self) -> NLVR2FineTuning:
+        return self.fine_tune
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:

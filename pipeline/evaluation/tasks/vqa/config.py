@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from pipeline.evaluation.tasks.annotations import digest_of
 from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.vqa.answers import FREQUENT_ANSWERS
 from pipeline.evaluation.tasks.vqa.data import VQAData
+from pipeline.fine_tuning.config import VQAFineTuning, wait_for_the_end
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -25,6 +26,7 @@ class VQATask(TaskConfig):
         train: the splits that the model is fine-tuned on.
         answers: size of the vocabulary: the most frequent answers of ``train``.
         answer2id: address of a JSON file with the vocabulary instead: a list, or numbers by answer.
+        fine_tune: how; the paper's recipe unless the block says otherwise.
     """
 
     kind: Literal["vqa"] = "vqa"
@@ -32,6 +34,16 @@ class VQATask(TaskConfig):
     train: Annotated[list[VQAData], Field(min_length=1)]
     answers: Annotated[int, Field(ge=2)] = FREQUENT_ANSWERS
     answer2id: str | None = None
+    fine_tune: VQAFineTuning = VQAFineTuning()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last(cls, block: Any) -> Any:
+        return wait_for_the_end(block, fine_tuned=True)
+
+    @property
+    def fine_tuning(self) -> VQAFineTuning:
+        return self.fine_tune
 
     @model_validator(mode="after")
     def _held_out(self) -> Self:

@@ -1,0 +1,86 @@
+"""Fine-tuning on VQAv2: each question's answers of the vocabulary, as right as their official accuracy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from model import GLSCLForVisualQuestionAnswering
+from pipeline.evaluation.tasks.pictures import ImageReader
+from pipeline.evaluation.tasks.vqa.answers import frequent_answers, read_answers, soft_scores
+from pipeline.evaluation.tasks.vqa.config import VQATask
+from pipeline.evaluation.tasks.vqa.data import Question, load_questions
+from pipeline.fine_tuning.examples import Example, ExampleDataset, ExampleTable, FineTuningBatch
+from pipeline.fine_tuning.learner import Judged, Material, right_labels
+from pipeline.training.config import Stage
+from sharding.errors import UserError
+from sharding.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+#: What is trained, and evaluated.
+MODEL = GLSCLForVisualQuestionAnswering
+
+
+def open_training(task: VQATask, material: Material) -> VQATraining:
+    """The questions of ``task.train``, without those that no answer of the vocabulary is right for.
+
+    Raises:
+        UserError: see ``load_questions`` and ``read_answers``; or no question is left.
+    """
+    splits = [
+        load_questions(material.storage, split, f"train.{number}") for number, split in enumerate(task.train)
+    ]
+    if task.answer2id is not None:
+        answers = read_answers(material.storage, task.answer2id, "answer2id")
+    else:
+        answers = frequent_answers((question for split in splits for question in split), task.answers)
+    table = ExampleTable(_examples(splits, answers))
+    if not len(table):
+        raise UserError(f"evaluation task {task.name!r}: no answer of 'train' is in the vocabulary")
+    asked = sum(map(len, splits))
+    logger.info("%s: %d answers, %d of %d questions have one", task.name, len(answers), len(table), asked)
+    return VQATraining(table, answers, material.storage)
+
+
+def _examples(splits: Sequence[Sequence[Question]], answers: Sequence[str]) -> Iterator[Example]:
+    numbers = {answer: number for number, answer in enumerate(answers)}
+    for place, questions in enumerate(splits):
+        for question in questions:
+            assert question.answers is not None  # the block asks for annotations
+            scores = soft_scores(question.answers).items()
+            labels = [(numbers[answer], score) for answer, score in scores if answer in numbers]
+            if labels:
+                yield Example(f"{place}/{question.question_id}", question.question, [question.image], labels)
+
+
+class VQATraining:
+    """See :class:`pipeline.fine_tuning.learner.TaskTraining`."""
+
+    weights: ClassVar[dict[str, float]] = {"vqa": 1.0}
+
+    def __init__(self, data: ExampleTable, answers: Sequence[str], storage: Storage) -> None:
+        self.data, self._answers, self._storage = data, answers, storage
+
+    @property
+    def labels(self) -> int:
+        return len(self._answers)
+
+    def load_model(self, folder: Path) -> GLSCLForVisualQuestionAnswering:
+        names = dict(enumerate(self._answers))
+        model: GLSCLForVisualQuestionAnswering = MODEL.from_pretrained(
+            folder, id2label=names, label2id={answer: number for number, answer in names.items()}
+        )
+        return model
+
+    def dataset(self, stage: Stage, seed: int) -> ExampleDataset:
+        return ExampleDataset(self.data, ImageReader(self._storage), stage, images=1, seed=seed)
+
+    def judge(self, engine: Any, batch: FineTuningBatch) -> Judged:
+        assert batch.labels is not None
+        output = engine(
+            batch.input_ids, batch.attention_mask, batch.pixel_values, labels=batch.labels, valid=batch.valid
+        )
+        return Judged(output.loss, {"vqa": output.loss}, right_labels(output.logits, batch.labels))

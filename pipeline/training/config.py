@@ -1,0 +1,252 @@
+"""The blocks of the YAML that say how something is trained: pre-training, and the tasks that fine-tune.
+
+::
+
+    Recipe     how the weights are moved: workers, batch, learning rates, precision, DeepSpeed
+    Course     a recipe with its stages, which is what the training loop and the order of samples work by
+    TrainBlock the course of the pre-training, as it stands in the YAML under ``train``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sharding.order import LARGEST_WINDOW
+
+ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
+
+#: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
+PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
+
+#: Keys of DeepSpeed's configuration that a recipe decides elsewhere, and where.
+DEEPSPEED_OWNED = {
+    "train_batch_size": ("global_batch",),
+    "train_micro_batch_size_per_gpu": ("global_batch", "accumulation", "workers"),
+    "gradient_accumulation_steps": ("accumulation",),
+    "gradient_clipping": ("clipping",),
+    "optimizer": ("learning_rate", "betas", "eps", "weight_decay"),
+    "scheduler": ("schedule",),
+    "bf16": ("precision",),
+    "fp16": ("precision",),
+    "torch_autocast": ("precision",),
+    "compile": ("compile",),
+    "activation_checkpointing": ("activation_checkpointing",),
+    "checkpoint": (),
+}
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Block(BaseModel):
+    """A block of the YAML: unknown keys are refused, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AugmentationBlock(Block):
+    """What happens to training pictures; drawn per sample from the run's seed.
+
+    ``crop`` is the smallest share of the picture's area a random resized crop keeps (1: CLIP's resize and
+    centre crop, the paper's recipe for images); ``flip`` is the chance of a mirror image; ``rand_augment``
+    applies RandAugment(2, 9) as the paper does on video.
+    """
+
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    flip: Fraction = 0.0
+    rand_augment: bool = False
+
+
+class ScheduleBlock(Block):
+    """Learning-rate schedule over the whole run: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
+
+    warmup: Fraction = 0.1
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+
+
+class Stage(Block):
+    """One stretch of training with its own resolution and data mixture."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    steps: Annotated[int, Field(gt=0)]
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    resolution: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="pixels; default: the model's image_size"
+    )
+    frames: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="frames drawn from a clip (images have one)"
+    )
+    global_batch: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="default: train.global_batch"
+    )
+    checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="steps; the stage's end always"
+    )
+    augmentation: AugmentationBlock = AugmentationBlock()
+
+
+class StageBlock(Stage):
+    """A stage of the pre-training, with its objectives."""
+
+    objectives: Annotated[dict[ObjectiveName, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        default_factory=lambda: dict(PAPER_OBJECTIVES)
+    )
+
+
+class Recipe(Block):
+    """How weights are moved: workers, batch, optimizer, precision, DeepSpeed. The defaults are the pre-training's."""
+
+    #: Where the block stands in the YAML, for messages.
+    PLACE: ClassVar[str] = "train"
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    global_batch: Annotated[int, Field(gt=1)] = Field(
+        default=4096, description="samples of one optimizer step"
+    )
+    accumulation: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="contrastive batches of one global batch"
+    )
+    lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
+    shuffle_window: Annotated[int, Field(ge=1, le=LARGEST_WINDOW)] = Field(
+        default=16384, description="samples shuffled among each other"
+    )
+    loader_processes: Annotated[int, Field(ge=0)] = 1
+    precision: Literal["fp32", "bf16-autocast", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="bf16-autocast: parameters stay fp32, products are bf16; bf16, fp16: parameters too "
+        "(the optimizer's copy is fp32)",
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    fusion_multiplier: Annotated[float, Field(gt=0)] = 5.0
+    head_multiplier: Annotated[float, Field(gt=0)] = 5.0
+    clipping: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="largest gradient norm; null: none"
+    )
+    schedule: ScheduleBlock = ScheduleBlock()
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each block in the backward instead of keeping its activations"
+    )
+    bad_sample_limit: Fraction = Field(
+        default=0.01, description="share of unreadable samples above which the run stops"
+    )
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="restarts after a worker's death"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @model_validator(mode="after")
+    def _runs(self) -> Self:
+        place = self.PLACE
+        for key, owners in DEEPSPEED_OWNED.items():
+            if key in self.deepspeed:
+                where = " and ".join(f"{place}.{owner}" for owner in owners) or "the checkpoints block"
+                raise ValueError(f"{place}.deepspeed.{key} is decided by {where}: set it there")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(
+                f"{place}.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
+            )
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                f"{place}.precision: bf16 needs {place}.deepspeed.zero_optimization.stage 1, 2 or 3"
+            )
+        if self.lanes % self.workers:
+            raise ValueError(
+                f"{place}.lanes: got {self.lanes}, which {self.workers} workers do not divide; "
+                f"workers that do: {divisors(self.lanes)}"
+            )
+        return self
+
+    def _check_global_batch(self, batch: int, where: str) -> None:
+        unit = self.lanes * self.accumulation
+        if batch % unit:
+            raise ValueError(
+                f"{where}: a global batch of {batch} is not a multiple of lanes x accumulation "
+                f"= {unit}; the nearest that is: {max(unit, round(batch / unit) * unit)}"
+            )
+
+
+class Course(Recipe):
+    """A recipe with the stages it is applied to, one after the other."""
+
+    stages: Annotated[Sequence[Stage], Field(min_length=1)]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def parts(self, stage: Stage) -> int:
+        """In how many parts a worker computes its share of a stage's contrastive batch."""
+        return 1
+
+
+class TrainBlock(Course):
+    """The pre-training: how the weights are moved, and the stages."""
+
+    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="samples a worker computes at once: its share of a contrastive batch is then worked off in parts, "
+        "with the same gradient and about a third more time; null: all at once",
+    )
+    cache_mb: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="local shard cache of a node; 0: range reads"
+    )
+    compile: bool = Field(default=False, description="torch.compile for each block; needs a compiler")
+    stages: Annotated[list[StageBlock], Field(min_length=1)]
+
+    def parts(self, stage: Stage) -> int:
+        share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
+        return share // self.micro_batch if self.micro_batch else 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for stage in self.stages:
+            batch = stage.global_batch or self.global_batch
+            self._check_global_batch(batch, f"stage '{stage.name}'")
+            self._check_micro_batch(stage, batch)
+        if len({self.parts(stage) for stage in self.stages}) > 1:
+            raise ValueError(
+                "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
+            )
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"train.stages: two stages are named '{name}'")
+        return self
+
+    def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
+        group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)
+        if self.micro_batch is not None and (share % self.micro_batch or self.micro_batch % group):
+            possible = [size for size in divisors(share) if size % group == 0]
+            raise ValueError(
+                f"train.micro_batch: got {self.micro_batch}; stage '{stage.name}' gives a worker {share} samples "
+                f"in groups of {group}: choose from {possible}"
+            )
+
+
+class CheckpointBlock(Block):
+    """When checkpoints are written and which are kept (the newest and those awaiting evaluation always are)."""
+
+    every: Annotated[int, Field(gt=0)] = Field(default=1000, description="steps; a stage may say otherwise")
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_every: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="keep those at multiples of so many steps"
+    )
+    keep_best: str | None = Field(
+        default=None, description="'TASK/METRIC' whose best checkpoint is kept, e.g. images/t2i_R10"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of ``number``, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
