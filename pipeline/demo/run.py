@@ -13,8 +13,12 @@ from rich.console import Console
 from pipeline.config import JobConfig, load_job
 from pipeline.job import run_job
 from pipeline.progress import show_progress
+from pipeline.scenes.command import BUNDLED, write_scenes
+from pipeline.scenes.request import Request
+from sharding.scenes.config import SceneRules
 from sharding.storage import Storage, open_storage
 
+_SCENES = "raw/scenes"  # in the job's storage
 _UPLOADS = 16  # at once: small files, so that latency counts
 
 
@@ -31,9 +35,20 @@ def run_demo(folder: Path, storage_url: str | None, overrides: list[str], consol
     job_file.write_text(_job_text(folder.resolve(), storage_url), encoding="utf-8")
     job = load_job(job_file, overrides)
     stage_corpus(job, console)
+    write_scenes(open_storage(job.storage).at(_SCENES), _sets(), console)
     run_job(job, console)
     console.print(
         f"\nThe job's file: {job_file}. Run again after any interruption, it goes on: glscl run {job_file}"
+    )
+
+
+def _sets() -> Request:
+    """The evaluation sets that demo.yaml names; of the objects that its scenes show."""
+    return Request(
+        objects=str(BUNDLED),
+        splits={"train": 300, "test": 100},
+        tasks=("vqa", "nlvr2", "classification", "alignment"),
+        rules=SceneRules(width=96, height=96, vocabulary=16, most_kinds=2, most_alike=3),
     )
 
 
@@ -69,6 +84,8 @@ def _job_text(folder: Path, storage_url: str | None) -> str:
     before = tree["storage"]["url"]
     tree["storage"]["url"] = url
     for dataset in tree["datasets"].values():
-        dataset["source"]["path"] = dataset["source"]["path"].replace(before, url.rstrip("/"), 1)
+        source = dataset["source"]
+        place = "objects" if source["kind"] == "scenes" else "path"
+        source[place] = source[place].replace(before, url.rstrip("/"), 1)
     tree["tracking"] = {"uri": f"sqlite:///{folder}/mlflow.db", "experiment": "glscl-demo"}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
