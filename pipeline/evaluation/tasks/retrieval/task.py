@@ -59,9 +59,11 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
         gallery.embed()
         to_images, to_texts = by_similarity(gallery)
         by_text, by_image = recall(to_images.ranks, "t2i"), recall(to_texts.ranks, "i2t")
+        judged = 0
         if task.rerank:
             pairs = pairs_to_judge(gallery, to_images, to_texts)
-            log.info("evaluation %s: the matching head judges %d pairs", task.name, len(pairs))
+            judged = len(pairs)
+            log.info("evaluation %s: the matching head judges %d pairs", task.name, judged)
             scores = pairs.score(gallery)
             to_images, to_texts = by_matching(gallery, pairs, scores, to_images, to_texts)
             by_text |= recall(to_images.ranks, "t2i_rerank")
@@ -81,6 +83,7 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
             "skipped": float(sum(gallery.skipped.values())),
         },
         examples=examples(gallery, to_images, to_texts, context.seed, by_matching=bool(task.rerank)),
+        details={"pairs_judged": judged},
     )
 
 
