@@ -17,6 +17,7 @@ import logging
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.attention import attention_examples
 from pipeline.evaluation.result import Family, TaskResult
 from pipeline.evaluation.tasks.base import TaskContext
 from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
@@ -54,6 +55,7 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
         BadDataLimit: more than ``task.bad_limit`` of the samples cannot be read.
         UserError: fewer than two samples.
     """
+    assert context.reader is not None
     with torch.inference_mode():
         gallery = Gallery(context, task)
         gallery.embed()
@@ -82,7 +84,17 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
             "candidates_texts": float(len(owners)),
             "skipped": float(sum(gallery.skipped.values())),
         },
-        examples=examples(gallery, to_images, to_texts, context.seed, by_matching=bool(task.rerank)),
+        examples=[
+            *examples(gallery, to_images, to_texts, context.seed, by_matching=bool(task.rerank)),
+            *attention_examples(
+                context.model,
+                context.processor,
+                context.reader,
+                context.seed,
+                frames=task.frames,
+                limit=task.limit,
+            ),
+        ],
         details={"pairs_judged": judged},
     )
 
