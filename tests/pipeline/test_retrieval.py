@@ -384,13 +384,14 @@ def test_the_examples_are_the_first_of_a_drawn_order_with_what_they_found(
     assert one.examples == result(model, processor, reader, rerank="all").examples
     assert one.examples != result(model, processor, reader, rerank="all", seed=1).examples
     captions = {caption: s.key for s in reader.samples if isinstance(s, RawSample) for caption in s.captions}
+    asked = [example for example in one.examples if example.right is not None]
+    assert one.examples[: len(asked)] == asked
+    assert len(one.examples) == len(asked) + 2  # attention maps, neither right nor wrong
     for family, mark in zip(one.families, ("“", "captions of"), strict=True):
-        # Attention maps come last, and are neither right nor wrong.
-        asked = [example for example in one.examples if example.right is not None]
         rights = [example.right for example in asked if example.title.startswith(mark)]
         hits = int(family.metrics[f"{family.name}_rerank_R1"].values.sum())
         assert rights == [True] * min(3, hits) + [False] * 3
-    for example in one.examples:
+    for example in asked:
         for data, _ in example.pictures:
             thumbnail = Image.open(io.BytesIO(data))
             assert thumbnail.format == "JPEG"
