@@ -78,6 +78,8 @@ class Examiner:
     def __init__(self, config: PrepareConfig) -> None:
         self._filters = build_filters(config.filters)
         self._in_parts = config.gives_parts
+        # An image's header says nothing that its decoding does not say too.
+        self._asks_headers = bool(self._filters.header) or config.input_modality == "video"
         self._in_flight = _IN_FLIGHT_OF_PARTS if config.gives_parts else _IN_FLIGHT
         self._guard: Guard = shared_guard(
             "sharding.media.worker:MediaDecoder",
@@ -139,7 +141,7 @@ class Examiner:
             captions, dropped = self._captions(fetched)
         except BadData as fault:
             return fault
-        job = self._guard.submit(fetched.media, self._header_passes)
+        job = self._guard.submit(fetched.media, self._header_passes if self._asks_headers else None)
         digest = hashlib.sha256(fetched.media).hexdigest()
         source = public_address(fetched.input.address)
         return _Pending(job, captions, dropped, digest, source, len(fetched.media))

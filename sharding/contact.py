@@ -137,15 +137,19 @@ class Collector:
     def keep(self, row: int, key: str, media: Encoded, captions: list[str], source: str) -> None:
         """Tell that a sample of the input of this row is kept."""
         self._forget_before(row)
+        rank = _rank(key)
+        if not _wins(self._kept, self._limits[0], rank):
+            return  # as nearly all of a large task: nothing is made of them
         info = media.info
         size = f"{info.width} × {info.height}, {len(media.data):,} bytes"
         moving = f", {info.frames} frames, {info.duration:.1f} s" if self._modality == "video" else ""
-        picture = self._picture(key, captions[0], f"{size}{moving}, {source}")
+        picture = _picture(rank, key, captions[0], f"{size}{moving}, {source}")
         self._choose(self._kept, self._limits[0], _Chosen(picture, media.data, self._modality))
 
     def reject(self, row: int, media: Encoded, captions: list[str], source: str, fault: BadData) -> None:
         """Tell that a sample of the input of this row, ready to be stored, is dropped after all."""
-        picture = self._picture(f"{self._name}-{row:06d}", captions[0], f"{source}: {fault.detail}")
+        key = f"{self._name}-{row:06d}"
+        picture = _picture(_rank(key), key, captions[0], f"{source}: {fault.detail}")
         chosen = self._dropped.setdefault(fault.cause, [])
         self._choose(chosen, self._limits[1], _Chosen(picture, media.data, self._modality))
 
@@ -155,9 +159,8 @@ class Collector:
         chosen = self._dropped.setdefault(fault.cause, [])
         fetched = self._passing.get(row)
         detail = f"{address}: {fault.detail}"
-        picture = self._picture(
-            f"{self._name}-{row:06d}", "" if fetched is None else _first_caption(fetched), detail
-        )
+        key = f"{self._name}-{row:06d}"
+        picture = _picture(_rank(key), key, "" if fetched is None else _first_caption(fetched), detail)
         media = b"" if fetched is None else fetched.media
         self._choose(chosen, self._limits[1], _Chosen(picture, media, self._input_modality))
 
@@ -170,11 +173,8 @@ class Collector:
             },
         )
 
-    def _picture(self, key: str, title: str, detail: str) -> Picture:
-        return Picture(derive_seed(0, "contact", key), key, title[:_TEXT], detail[:_TEXT])
-
     def _choose(self, chosen: list[_Chosen], limit: int, item: _Chosen) -> None:
-        if len(chosen) == limit and item.picture.rank >= chosen[-1].picture.rank:
+        if not _wins(chosen, limit, item.picture.rank):
             return
         if item.media is not None and len(item.media) > _HELD_BYTES:
             item = _Chosen(_finished(item), None, item.modality)
@@ -185,6 +185,18 @@ class Collector:
     def _forget_before(self, row: int) -> None:
         for done in [number for number in self._passing if number < row]:
             del self._passing[done]
+
+
+def _rank(key: str) -> int:
+    return derive_seed(0, "contact", key)
+
+
+def _wins(chosen: list[_Chosen], limit: int, rank: int) -> bool:
+    return len(chosen) < limit or rank < chosen[-1].picture.rank
+
+
+def _picture(rank: int, key: str, title: str, detail: str) -> Picture:
+    return Picture(rank, key, title[:_TEXT], detail[:_TEXT])
 
 
 def _finished(chosen: _Chosen) -> Picture:
@@ -219,7 +231,7 @@ def make_thumbnail(data: bytes, modality: Modality) -> bytes:
         "sharding.media.thumbnails:Thumbnailer", {"modality": modality}, timeout_s=30.0, memory_mb=2048
     )
     try:
-        ((_, thumbnail),) = guard.result(guard.submit(data, lambda _: None))
+        ((_, thumbnail),) = guard.result(guard.submit(data, None))
     except BadData:
         return b""
     return thumbnail

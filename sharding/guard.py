@@ -7,7 +7,8 @@ next ones and writes the former; what comes back is framed bytes and JSON, check
     parent   look 1  look 2  make 1  look 3  make 2 ...        several inputs are on their way
     child            header 1  header 2  part 1  header 3  part 2 ...
 
-Between the header and the making the parent is asked whether it wants the input: that is where filters run.
+Between the header and the making the parent is asked whether it wants the input: that is where filters run. Who
+asks nothing saves the question.
 
 What ends a child condemns no input: it may have been killed from outside, or starved. The input it was working on
 is tried again, alone, in a fresh child; if that one ends too, the input is bad data, by one of these causes:
@@ -73,7 +74,7 @@ class Job:
 
     number: int
     data: bytes
-    wanted: Wanted
+    wanted: Wanted | None
     parts: list[Part] = field(default_factory=list)
     fault: BadData | None = None
     done: bool = False
@@ -113,8 +114,12 @@ class Guard:
         """The child's, while there is one."""
         return None if self._child is None else self._child.process.pid
 
-    def submit(self, data: bytes, wanted: Wanted) -> Job:
-        """Send an input on its way. The order of submission is the order of finishing."""
+    def submit(self, data: bytes, wanted: Wanted | None) -> Job:
+        """Send an input on its way. The order of submission is the order of finishing.
+
+        Args:
+            wanted: is asked once about the input's header; ``None``: it is decoded whatever its header says.
+        """
         self._numbers += 1
         job = Job(self._numbers, data, wanted)
         self._waiting.append(job)
@@ -176,8 +181,9 @@ class Guard:
             job = self._waiting.popleft()
             if job.deaths:
                 self._suspect = job
-            child.send(guarded.LOOK, job.number, job.data)
-            self._sent.append((job, guarded.LOOK))
+            verb = guarded.MAKE if job.wanted is None else guarded.LOOK
+            child.send(verb, job.number, job.data)
+            self._sent.append((job, verb))
 
     def _take(self, kind: int, number: int, facts: dict[str, Any], data: bytes) -> None:
         child = self._child
@@ -209,7 +215,7 @@ class Guard:
 
     def _decide(self, child: _Child, job: Job, facts: dict[str, Any]) -> None:
         try:
-            if not job.accepted:
+            if not job.accepted and job.wanted is not None:
                 job.wanted(facts)
         except BadData as fault:
             child.send(guarded.DROP, job.number)

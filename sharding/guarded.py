@@ -30,7 +30,8 @@ from sharding.errors import BadData
 REQUEST = struct.Struct("<BQQ")
 REPLY = struct.Struct("<BQIQ")
 
-# Verbs: keep the bytes and read their header; make the parts of what was kept; forget what was kept.
+# Verbs: keep the bytes and read their header; make the parts of what was kept, or of the bytes that come with the verb
+# where nothing was; forget what was kept.
 LOOK, MAKE, DROP = 1, 2, 3
 # Kinds: the child is ready; what a header says; a part; the last part, if any; bad data; out of memory; a bug.
 READY, HEADER, PART, DONE, BAD, MEMORY, BUG = range(1, 8)
@@ -112,7 +113,7 @@ def _serve(channel: _Channel, decoder: Decoder) -> None:
                 channel.reply(HEADER, number, decoder.header(data))
             elif verb == MAKE:
                 last: tuple[dict[str, Any] | None, bytes] = (None, b"")
-                for part in decoder.parts(kept.pop(number)):
+                for part in decoder.parts(kept.pop(number) if number in kept else data):
                     if last[0] is not None:
                         channel.reply(PART, number, *last)
                     last = part

@@ -196,8 +196,8 @@ def _write_candidates(
         fetched = pictures.watch(fetcher.fetch_all(read_inputs(work.dataset, task)))
         for row, (source, examined) in enumerate(examiner.examine_all(fetched)):
             inputs += 1
-            address = public_address(source.address)
             for fault in [examined] if isinstance(examined, BadData) else examined.faults:
+                address = public_address(source.address)
                 count(address, fault)
                 pictures.drop(row, address, fault)
             if not isinstance(examined, BadData):

@@ -23,12 +23,37 @@ from sharding.storage_file import writing
 _OWNER = "glscl"
 
 
+_LARGEST = 8**11 - 1  # bytes that a header can tell in digits
+
+
 def member_info(name: str, size: int) -> tarfile.TarInfo:
     """The header of a member of ``size`` bytes; of equal arguments equal bytes."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444
     member.uname = member.gname = _OWNER
     return member
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The bytes of ``member_info``, which ``tarfile`` takes twenty times as long to make of a usual one."""
+    if not name.isascii() or len(name) > 100 or size > _LARGEST:
+        return member_info(name, size).tobuf(tarfile.USTAR_FORMAT, "utf-8")
+    encoded, digits = name.encode(), b"%011o" % size
+    header = bytearray(_BLANK_HEADER)
+    header[: len(encoded)] = encoded
+    header[124:135] = digits
+    header[148:154] = b"%06o" % (_BLANK_SUM + sum(encoded) + sum(digits))
+    return bytes(header)
+
+
+def _blank_header() -> tuple[bytes, int]:
+    """The header of a member without a name and a size, and the sum of its bytes with a blank check sum."""
+    header = bytearray(member_info("", 0).tobuf(tarfile.USTAR_FORMAT, "utf-8"))
+    header[124:135] = bytes(11)
+    return bytes(header), sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+
+
+_BLANK_HEADER, _BLANK_SUM = _blank_header()
 
 
 class ShardWriter:
@@ -48,6 +73,7 @@ class ShardWriter:
         self.rows: list[IndexRow] = []
         self._file: BinaryIO = path.open("wb")
         self._size = 0
+        self._digest = hashlib.sha256()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -93,14 +119,15 @@ class ShardWriter:
             "txt": captions[0].encode(),
             media.extension: media.data,
         }
+        offsets = self._add(key, members)
         row = IndexRow(
             key=key,
             extension=media.extension,
-            media_offset=0,
+            media_offset=offsets[media.extension],
             media_size=len(media.data),
-            text_offset=0,
+            text_offset=offsets["txt"],
             text_size=len(members["txt"]),
-            json_offset=0,
+            json_offset=offsets["json"],
             json_size=len(members["json"]),
             crc32=zlib.crc32(media.data),
             text_crc32=zlib.crc32(members["txt"]),
@@ -118,13 +145,11 @@ class ShardWriter:
             pixels=media.fingerprint.pixels if media.fingerprint else None,
             score=score,
         )
-        self.add_members(row, members)
+        self.rows.append(row)
 
     def add_members(self, row: IndexRow, members: dict[str, bytes]) -> None:
         """One sample of given members (``json``, ``txt`` and the media's extension); offsets are set here."""
-        if self.rows and row.key <= self.rows[-1].key:
-            raise ValueError(f"key {row.key} after {self.rows[-1].key}: keys must be added in order")
-        offsets = {name: self._add(f"{row.key}.{name}", members[name]) for name in sorted(members)}
+        offsets = self._add(row.key, members)
         self.rows.append(
             replace(
                 row,
@@ -134,17 +159,34 @@ class ShardWriter:
             )
         )
 
-    def _add(self, name: str, data: bytes) -> int:
-        """Where the data begin. ``TarFile.addfile`` would take three times as long for a small member."""
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far; of the whole tar when the writer is closed."""
+        return self._digest.hexdigest()
+
+    def _add(self, key: str, members: dict[str, bytes]) -> dict[str, int]:
+        """Where the data of each member begin."""
+        if self.rows and key <= self.rows[-1].key:
+            raise ValueError(f"key {key} after {self.rows[-1].key}: keys must be added in order")
+        offsets, blocks, end = {}, [], self._size
+        for name in sorted(members):
+            data = members[name]
+            header = member_header(f"{key}.{name}", len(data))
+            offsets[name] = end + len(header)
+            blocks += [header, data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+            end = offsets[name] + len(data) + len(blocks[-1])
         with writing(self.path):
-            self._write(member_info(name, len(data)).tobuf(tarfile.USTAR_FORMAT, "utf-8"))
-            offset = self._size
-            self._write(data)
-            self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
+            self._write(b"".join(blocks))
+        return offsets
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
+        self._digest.update(data)
         self._size += len(data)
 
 
@@ -173,14 +215,12 @@ def publish(writer: ShardWriter, storage: Storage, name: str) -> ShardRecord:
     Raises:
         StorageFault: what arrived is not what was written.
     """
-    with writer.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     index = write_index(writer.rows)
     record = ShardRecord(
         name=name.rpartition("/")[2],
         samples=len(writer.rows),
-        bytes=writer.path.stat().st_size,
-        sha256=sha256,
+        bytes=writer.size,
+        sha256=writer.sha256,
         index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),
     )

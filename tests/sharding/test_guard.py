@@ -21,6 +21,12 @@ def _any(facts: dict) -> None:
     """Want every input."""
 
 
+@pytest.fixture(params=[_any, None], ids=["asked", "unasked"])
+def wanted(request: pytest.FixtureRequest):
+    """What is submitted with an input: a question about its header, or none."""
+    return request.param
+
+
 def _guard(timeout_s: float = 30, memory_mb: float = 1024) -> Guard:
     return Guard(DECODER, {"name": "it"}, timeout_s=timeout_s, memory_mb=memory_mb)
 
@@ -46,10 +52,10 @@ def _outcome(guard: Guard, data: bytes, wanted=_any) -> list[Part] | str:
         return fault.cause
 
 
-def _outcomes(guard: Guard, inputs: list[bytes]) -> list[list[Part] | str]:
+def _outcomes(guard: Guard, inputs: list[bytes], wanted=_any) -> list[list[Part] | str]:
     """Of all inputs, submitted together."""
     outcomes: list[list[Part] | str] = []
-    for job in [guard.submit(data, _any) for data in inputs]:
+    for job in [guard.submit(data, wanted) for data in inputs]:
         try:
             outcomes.append(guard.result(job))
         except BadData as fault:
@@ -68,15 +74,15 @@ def _gone(pid: int) -> bool:
         return True
 
 
-def test_many_inputs_on_their_way_are_answered_in_their_order(guard):
+def test_many_inputs_on_their_way_are_answered_in_their_order(guard, wanted):
     inputs = [b"input %d" % number + bytes(number * 5000) for number in range(60)]
-    assert _outcomes(guard, inputs) == [_good(data) for data in inputs]
+    assert _outcomes(guard, inputs, wanted) == [_good(data) for data in inputs]
 
 
-def test_inputs_and_parts_larger_than_any_socket_buffer_pass(guard):
+def test_inputs_and_parts_larger_than_any_socket_buffer_pass(guard, wanted):
     inputs = [bytes([65 + number]) * 8_000_000 for number in range(4)]
-    assert _outcomes(guard, inputs) == [_good(data) for data in inputs]
-    parts = _outcome(guard, b"many 9")
+    assert _outcomes(guard, inputs, wanted) == [_good(data) for data in inputs]
+    parts = _outcome(guard, b"many 9", wanted)
     assert [(facts["part"], len(data), data[0]) for facts, data in parts] == [
         (number, 1_000_000, number) for number in range(9)
     ]
@@ -105,6 +111,22 @@ def test_bad_data_in_header_or_pixels_is_told_with_its_cause_and_costs_no_proces
     assert guard.pid == pid
 
 
+def test_an_input_that_nobody_asks_about_is_decoded_without_its_header(guard):
+    """The header of ``bad-header`` cannot be read, and its parts can."""
+    assert _outcome(guard, b"bad-header", None) == _good(b"bad-header")
+    assert _outcomes(guard, [b"good", b"bad", b"next"], None) == [
+        _good(b"good"), "decode-failed", _good(b"next"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b"crash", b"exit"])
+def test_a_crashing_input_that_nobody_asks_about_costs_itself_only(guard, data):
+    inputs = [b"one", b"two", data, b"three", b"four"]
+    expected = [_good(item) for item in inputs]
+    expected[2] = "decode-crashed"
+    assert _outcomes(guard, inputs, None) == expected
+
+
 @pytest.mark.parametrize("data", [b"crash", b"header-crash", b"exit"])
 def test_a_crashing_input_costs_itself_and_none_of_those_around_it(guard, data):
     inputs = [b"one", b"two", data, b"three", b"four"]
@@ -114,8 +136,8 @@ def test_a_crashing_input_costs_itself_and_none_of_those_around_it(guard, data):
 
 
 @pytest.mark.parametrize("byte", [0, 5, 255])
-def test_a_child_that_answers_nonsense_is_not_believed(guard, byte):
-    assert _outcomes(guard, [b"one", b"garbage %d" % byte, b"two"]) == [
+def test_a_child_that_answers_nonsense_is_not_believed(guard, byte, wanted):
+    assert _outcomes(guard, [b"one", b"garbage %d" % byte, b"two"], wanted) == [
         _good(b"one"), "decode-crashed", _good(b"two"),
     ]  # fmt: skip
 
@@ -128,9 +150,14 @@ def test_the_signal_of_a_crash_is_named(guard):
 
 
 @pytest.mark.parametrize("data", [b"sleep 600", b"spin"])
-def test_a_hanging_input_is_given_up_and_the_next_ones_are_decoded(hasty, data):
+def test_a_hanging_input_is_given_up_and_the_next_ones_are_decoded(hasty, data, wanted):
     inputs = [b"one", data, b"two", b"three"]
-    assert _outcomes(hasty, inputs) == [_good(b"one"), "decode-timeout", _good(b"two"), _good(b"three")]
+    assert _outcomes(hasty, inputs, wanted) == [
+        _good(b"one"),
+        "decode-timeout",
+        _good(b"two"),
+        _good(b"three"),
+    ]
 
 
 def test_time_is_allowed_for_each_part_and_while_nobody_waits(hasty):
@@ -145,12 +172,12 @@ def test_an_input_that_needs_too_much_memory_is_dropped_as_that(hasty):
     ]  # fmt: skip
 
 
-def test_an_input_whose_process_was_killed_once_gives_what_it_always_gives(guard, tmp_path):
+def test_an_input_whose_process_was_killed_once_gives_what_it_always_gives(guard, tmp_path, wanted):
     data = f"crash-once {tmp_path / 'killed'}".encode()
     inputs = [b"one", data, b"two"]
-    first = _outcomes(guard, inputs)
+    first = _outcomes(guard, inputs, wanted)
     assert (tmp_path / "killed").exists()
-    assert first == _outcomes(guard, inputs)
+    assert first == _outcomes(guard, inputs, wanted)
     assert len(first[1]) == 3
 
 

@@ -10,12 +10,13 @@ import pytest
 import webdataset
 from PIL import Image
 
+from sharding.errors import StorageFault
 from sharding.index import read_index
 from sharding.media import encode_image
 from sharding.media.config import ImageConfig
 from sharding.media.info import Encoded, MediaInfo
 from sharding.storage import open_storage
-from sharding.writer import ShardWriter, copy_without, member_info, publish
+from sharding.writer import ShardWriter, copy_without, member_header, member_info, publish
 
 
 def _picture(level: int, kind: str = "webp"):
@@ -102,6 +103,21 @@ def test_a_published_shard_is_what_its_record_says(tmp_path):
     assert record.sha256 == hashlib.sha256(tar).hexdigest()
     assert (record.index_bytes, record.index_sha256) == (len(index), hashlib.sha256(index).hexdigest())
     assert read_index(index).num_rows == 3
+
+
+def test_a_shard_that_the_disk_changed_before_it_was_sent_is_not_published(tmp_path):
+    writer = _write(tmp_path / "local.tar")
+    data = bytearray(writer.path.read_bytes())
+    data[700] ^= 1
+    writer.path.write_bytes(data)
+    with pytest.raises(StorageFault, match="arrived changed"):
+        publish(writer, open_storage(tmp_path / "store"), "000004")
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 8**11 - 1])
+@pytest.mark.parametrize("name", ["a.json", "x" * 100, f"{'f' * 60}/{'x' * 60}.jpg", "ü.txt"])
+def test_a_members_header_is_that_of_tarfile(name, size):
+    assert member_header(name, size) == member_info(name, size).tobuf(tarfile.USTAR_FORMAT, "utf-8")
 
 
 def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path):
