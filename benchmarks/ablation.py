@@ -280,7 +280,7 @@ def _zero_shot(
     yield from retrieval.evaluate(
         context, RetrievalTask(name="retrieval", dataset="held-out", rerank=20)
     ).families
-    task = AlignmentTask(name="alignment", annotations="alignment/test.pkl", images="alignment/images")
+    task = AlignmentTask(name="alignment", annotations="alignment/test.pkl", images="alignment/test/images")
     yield from alignment.evaluate(context, task).families
 
 
