@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import pickletools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline import cli
 from pipeline.scenes import sets as module
 from pipeline.scenes.command import RECORD, splits_of, write_scenes
 from pipeline.scenes.request import Request
+from pipeline.scenes.sets.vqa import normal_form
 from pipeline.scenes.sink import Sink
 from sharding.errors import StorageFault, UserError
 from sharding.media import decode_image, decode_video
@@ -124,12 +126,21 @@ def test_vqa_has_questions_annotations_and_images_of_one_another(sets: Path) -> 
             assert all(answer == answer.lower() and "-" not in answer for answer in answers)
             assert note["image_id"] == questions[note["question_id"]]["image_id"]
             kinds = {"yes/no": r"yes|no", "number": r"\d+", "other": r"[a-zñ ]+"}
-            assert note["answer_type"] in kinds
+            assert re.fullmatch(kinds[note["answer_type"]], note["multiple_choice_answer"])
     train, test = (
         _json(folder / f"v2_OpenEnded_mscoco_{split}_questions.json") for split in ("train2014", "test2015")
     )
     ids = [{question["image_id"] for question in one["questions"]} for one in (train, test)]
     assert not ids[0] & ids[1]
+
+
+def test_answers_have_the_normal_form_of_the_evaluator() -> None:
+    """It takes marks from what a model says, and leaves annotators alone that all say the same."""
+    assert [normal_form(answer) for answer in ("T-shirt", "jack-o-lantern", "3")] == [
+        "t shirt",
+        "jack o lantern",
+        "3",
+    ]
 
 
 def test_nlvr2_says_each_sentence_of_two_pairs_true_of_one(sets: Path) -> None:

@@ -54,10 +54,10 @@ def write(parts: list[Part], sink: Sink, request: Request, step: Callable[[], No
 def _annotation(question: Question, given: list[str], image: int, key: int) -> dict[str, Any]:
     return {
         "question_type": question.question_type,
-        "multiple_choice_answer": _normal(question.answer),
+        "multiple_choice_answer": normal_form(question.answer),
         "answers": [
             {
-                "answer": _normal(answer),
+                "answer": normal_form(answer),
                 "answer_confidence": "yes" if answer == question.answer else "maybe",
                 "answer_id": number,
             }
@@ -69,6 +69,6 @@ def _annotation(question: Question, given: list[str], image: int, key: int) -> d
     }
 
 
-def _normal(answer: str) -> str:
+def normal_form(answer: str) -> str:
     """As the data set writes answers, in the normal form of its evaluator: "T-shirt" -> "t shirt"."""
     return answer.lower().replace("-", " ")
