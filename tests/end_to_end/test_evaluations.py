@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,6 @@ def perfect(run: Storage, outcome: Outcome) -> None:
     assert items_from_parquet(target.getvalue())[0].metrics["t2i_R1"].value == 1.0
     record = run.read_json(f"{outcome.key.path}.json")
     record["metrics"]["t2i_R1"] = 1.0
-    import hashlib
-
     record["files"]["items.parquet"]["sha256"] = hashlib.sha256(target.getvalue()).hexdigest()
     run.write_json(f"{outcome.key.path}.json", record)
 
@@ -51,8 +49,8 @@ def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
     raw_corpus: Path, tmp_path: Path
 ) -> None:
     tree: dict[str, Any] = tiny_job(raw_corpus, tmp_path / "storage", name="falls")
-    tree["train"]["stages"] = [tree["train"]["stages"][0] | {"steps": 4000, "checkpoint_every": 5}]
-    tree["checkpoints"]["keep_best"] = "held-out/t2i_R1"
+    tree["train"]["stages"] = [tree["train"]["stages"][0] | {"steps": 4000, "checkpoint_every": 20}]
+    tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
     file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
     command = Command("run", str(file), log=tmp_path / "first")
     command.wait_until(lambda: len(finished(run)) >= 1)
@@ -86,21 +84,10 @@ def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
     assert int(alias.tags["step"]) == best.step
     assert client.get_model_version_by_alias(record["key"], "best").version == alias.version
 
-    # By the run's address, with another version of the task: first nothing but what is due, which is the last.
+    # By the run's address alone, with another version of the task.
     override = ("--set", "evaluate.after=end", "--set", "evaluate.tasks.0.rerank=2")
-    Command("evaluate", run.url, *override, log=tmp_path / "third").succeed()
-    newer = {o.version for o in finished(run)} - {best.version}
-    assert [o.step for o in finished(run) if o.version in newer] == [max(steps)]
     output = Command(
-        "evaluate", run.url, *override, "--missing", "--tasks", "held-out", log=tmp_path / "fourth"
+        "evaluate", run.url, *override, "--missing", "--tasks", "held-out", log=tmp_path / "third"
     ).succeed()
-    assert sorted(o.step for o in finished(run) if o.version in newer) == steps
-    assert str(steps[0]) in output
-    unknown = Command("evaluate", run.url, "--tasks", "held-uot", log=tmp_path / "fifth")
-    assert unknown.wait() == 2
-    assert "did you mean 'held-out'?" in unknown.output
-
-    first, last = (run.url_of(f"checkpoints/step-{step:08d}") for step in (steps[0], steps[-1]))
-    comparison = Command("compare", first, last, "--json", log=tmp_path / "sixth").succeed()
-    (compared,) = json.loads(comparison)["tasks"]
-    assert {line["metric"] for line in compared["metrics"]} >= {"t2i_R1", "i2t_rerank_R10", "t2i_median_rank"}
+    assert [o.step for o in finished(run) if o.version != best.version] == steps
+    assert all(str(step) in output for step in steps)
