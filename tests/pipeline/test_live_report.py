@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.evaluation.ledger import Ledger
 from pipeline.evaluation.report import LiveReport, text_report
+from pipeline.evaluation.report import live as live_report
 from pipeline.evaluation.report.live import PAGE
 from pipeline.evaluation.result import Example, TaskResult
 from pipeline.tracking import EvaluationEntry, RunHandle, Tracker
@@ -77,7 +78,8 @@ def test_an_outcome_reaches_mlflow_with_the_address_of_the_page_and_the_page_whi
     assert told.reports[-1][1] == text_report([first, second])
 
 
-def test_pages_are_rare_and_the_last_one_is_whole(run: Storage) -> None:
+def test_pages_are_rare_and_the_last_one_is_whole(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_report, "_GATHER_S", 0.0)
     told = Told()
     report = live(run, told, least_s=1000.0)
     outcomes = [named(step, "classes", "classification", step / 1000) for step in range(100, 900, 100)]
@@ -86,6 +88,7 @@ def test_pages_are_rare_and_the_last_one_is_whole(run: Storage) -> None:
     wait_for(lambda: told.reports)
     for one in outcomes[1:]:
         report.add(one)
+    time.sleep(0.5)  # for the page that must not come
     report.stop()  # at once, although the next page would be due much later
     assert len(told.reports) == 1
     report.write()
