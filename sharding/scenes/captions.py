@@ -137,11 +137,6 @@ def relation_phrase(relation: Relation, rng: np.random.Generator | None = None) 
     return ways[0] if rng is None else ways[int(rng.integers(len(ways)))]
 
 
-def motion_phrase(motion: Motion) -> str:
-    """``"moves to the left"``."""
-    return _DOES[motion][0]
-
-
 def captions(scene: Scene, rng: np.random.Generator) -> list[Caption]:
     """``CAPTIONS`` different sentences, all true; the first names every object, colour, size and number."""
     clip = scene.frames > 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -271,9 +271,3 @@ def _scaled(motion: Motion, share: float) -> float:
     if motion == "grows":
         return _HALF_GROWN + (1 - _HALF_GROWN) * share
     return 1 - (1 - _HALF_GROWN) * share if motion == "shrinks" else 1.0
-
-
-def without(layout: Layout, thing: int) -> Layout:
-    """The same scene without one of its things."""
-    kept = tuple(item for number, item in enumerate(layout.things) if number != thing)
-    return replace(layout, things=kept)

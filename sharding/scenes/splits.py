@@ -29,10 +29,3 @@ def pairs_of(split: Split, draws: np.ndarray, held_out: float) -> np.ndarray:
     if split == "val":
         return (draws >= held_out) & (draws < 2 * held_out)
     return draws >= 2 * held_out
-
-
-def split_of_pair(first: str, second: str, split_seed: int, held_out: float) -> Split:
-    """The only split that may show the two together; the order of the names does not matter."""
-    draw = pair_draws((first, second), split_seed)[:1, 1:]
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    return next(split for split in splits if pairs_of(split, draw, held_out).item())

@@ -44,8 +44,3 @@ def _plural_word(word: str) -> str:
 def last_word(name: str) -> str:
     """What a thing is a kind of: ``"police car"`` -> ``"car"``."""
     return name.rpartition(" ")[2].lower()
-
-
-def joined(parts: list[str]) -> str:
-    """``"a, b and c"``."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
