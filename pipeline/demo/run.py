@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.scenes.request import Request
 from sharding.scenes.config import SceneRules
 from sharding.storage import Storage, open_storage
 
-_SCENES = "raw/scenes"  # in the job's storage
+_SCENES, _OBJECTS = "scenes", "scene-objects.jsonl"  # below raw/ in the job's storage
 _UPLOADS = 16  # at once: small files, so that latency counts
 
 
@@ -35,17 +36,18 @@ def run_demo(folder: Path, storage_url: str | None, overrides: list[str], consol
     job_file.write_text(_job_text(folder.resolve(), storage_url), encoding="utf-8")
     job = load_job(job_file, overrides)
     stage_corpus(job, console)
-    write_scenes(open_storage(job.storage).at(_SCENES), _sets(), console)
+    raw = open_storage(job.storage).at("raw")
+    write_scenes(raw.at(_SCENES), _sets(raw.url_of(_OBJECTS)), console)
     run_job(job, console)
     console.print(
         f"\nThe job's file: {job_file}. Run again after any interruption, it goes on: glscl run {job_file}"
     )
 
 
-def _sets() -> Request:
+def _sets(objects: str) -> Request:
     """The evaluation sets that demo.yaml names; of the objects that its scenes show."""
     return Request(
-        objects=str(BUNDLED),
+        objects=objects,
         splits={"train": 300, "test": 100},
         tasks=("vqa", "nlvr2", "classification", "alignment"),
         rules=SceneRules(width=96, height=96, vocabulary=16, most_kinds=2, most_alike=3),
@@ -53,7 +55,10 @@ def _sets() -> Request:
 
 
 def stage_corpus(job: JobConfig, console: Console) -> None:
-    """Copy the bundled corpus to ``raw/`` in the job's storage; files that are there are left alone."""
+    """Copy the bundled corpus to ``raw/`` in the job's storage; files that are there are left alone.
+
+    And the table of what scenes may show: no emoji that is held out, since scenes are trained on.
+    """
     storage = open_storage(job.storage)
     storage.check(write=True)
     raw = storage.at("raw")
@@ -70,6 +75,15 @@ def stage_corpus(job: JobConfig, console: Console) -> None:
         uploads = pool.map(lambda path: _upload(raw, corpus, path), missing)
         for done, _ in enumerate(uploads, start=1):
             task.update(done)
+    raw.write_bytes(_OBJECTS, _objects_of_training(corpus))
+
+
+def _objects_of_training(corpus: Path) -> bytes:
+    """``objects.jsonl`` without the emoji of the held-out split."""
+    rows = [json.loads(line) for line in (corpus / "images.jsonl").read_text("utf-8").splitlines()]
+    held_out = {row["path"] for row in rows if row["split"] == "held-out"}
+    objects = (corpus / BUNDLED.name).read_text("utf-8").splitlines(keepends=True)
+    return "".join(line for line in objects if json.loads(line)["path"] not in held_out).encode()
 
 
 def _upload(raw: Storage, corpus: Path, path: Path) -> None:
