@@ -198,11 +198,6 @@ class Dispatcher:
             return {checkpoint.step for checkpoint in checkpoints}
         return {due.checkpoint.step for due in self._all_due(checkpoints, over=self._over) if due.state.open}
 
-    @property
-    def ledger(self) -> Ledger:
-        """The run's ledger: its items and examples are read from any thread."""
-        return self._ledger
-
     def outcomes(self) -> list[Outcome]:
         """All outcomes of the configured tasks in their present version, by step."""
         present = self._versions.present()
