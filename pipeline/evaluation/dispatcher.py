@@ -260,10 +260,10 @@ class Dispatcher:
         """The state of an evaluation, once what is known without running it is in the ledger."""
         state = due.state
         if self._retry_failed and due.key not in self._retried:
-            self._retried.add(due.key)
             if state.failed and not state.done:
                 self._ledger.reopen(due.key)
                 state.failed, state.failures = False, 0
+            self._retried.add(due.key)
         known = self._versions.get(due.task)
         assert known is not None
         if known.fault is not None and state.open:
