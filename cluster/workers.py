@@ -100,6 +100,9 @@ def run_workers(
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
     """
     check_resources(config, workers)
+    asked = stop or threading.Event()
+    if asked.is_set():
+        raise WorkersStopped("the workers were stopped before they began")
     trainer = _Trainer(
         _Entry(function, argument, no_retry),
         train_loop_config={},
@@ -117,7 +120,6 @@ def run_workers(
             callbacks=[_EndOnError()],
         ),
     )
-    asked = stop or threading.Event()
     with _quiet_ray_train(patience_s), _end_when(asked, trainer):
         _fit(trainer, max_failures, asked)
 

@@ -147,8 +147,9 @@ def _compare_task(a: Side, b: Side, task: str) -> TaskComparison:
     reason = _incomparable(mine, theirs)
     if reason:
         raise UserError(f"{task} cannot be compared: {reason} (--task NAME compares the others)")
+    seed = min(mine.seed, theirs.seed)  # the same draws whichever is called A
     differences = compare_families(
-        Ledger(a.run).items(mine), Ledger(b.run).items(theirs), seed=mine.seed, task=task
+        Ledger(a.run).items(mine), Ledger(b.run).items(theirs), seed=seed, task=task
     )
     if not differences:
         raise UserError(f"{task} cannot be compared: the two evaluations have no scored item in common")

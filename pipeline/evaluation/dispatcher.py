@@ -198,11 +198,6 @@ class Dispatcher:
             return {checkpoint.step for checkpoint in checkpoints}
         return {due.checkpoint.step for due in self._all_due(checkpoints, over=self._over) if due.state.open}
 
-    @property
-    def ledger(self) -> Ledger:
-        """The run's ledger: its items and examples are read from any thread."""
-        return self._ledger
-
     def outcomes(self) -> list[Outcome]:
         """All outcomes of the configured tasks in their present version, by step."""
         present = self._versions.present()
@@ -265,10 +260,10 @@ class Dispatcher:
         """The state of an evaluation, once what is known without running it is in the ledger."""
         state = due.state
         if self._retry_failed and due.key not in self._retried:
-            self._retried.add(due.key)
             if state.failed and not state.done:
                 self._ledger.reopen(due.key)
                 state.failed, state.failures = False, 0
+            self._retried.add(due.key)
         known = self._versions.get(due.task)
         assert known is not None
         if known.fault is not None and state.open:

@@ -78,6 +78,11 @@ def test_checkpoints_are_evaluated_as_they_appear_and_once(
         ("images", 20, 0.2),
     ]
     assert one.best_step("images/t2i_R10") == 20
+    for outcome in told:
+        (items,) = Ledger(run.run).items(outcome)
+        assert (items.keys, items.metrics["t2i_R10"].value) == (list("abcd"), outcome.metrics["t2i_R10"])
+        assert outcome.intervals["t2i_R10"] == pytest.approx((outcome.step / 100,) * 2)
+        assert (outcome.kind, outcome.seed, outcome.settings["rerank"]) == ("retrieval", 0, 16)
 
     # The next life does nothing again, but tells everything again: the driver may have died before it could.
     again: list[Outcome] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome, best_outcome
 from pipeline.evaluation.result import Example, Family, Measured, TaskResult
 from sharding.errors import BadData
-from sharding.storage import open_storage
+from sharding.storage import Storage, open_storage
 
 KEY = EvaluationKey("ab" * 8, "images", "1-0123abcd")
 
@@ -198,3 +200,43 @@ def test_files_of_lost_attempts_are_deleted_and_those_of_the_one_that_counts_sta
         "attempt-2"
     }
     assert Ledger(storage).items(second)
+
+
+@pytest.mark.parametrize("write", range(4))
+def test_killed_at_any_write_an_evaluation_counts_once_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    storage = open_storage(tmp_path)
+    ledger = Ledger(storage)
+    assert ledger.claim(KEY, 0) == 1
+    left = [write]
+
+    def dying(self: Storage, *arguments: Any, real: Any) -> Any:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "create_exclusive"):
+            real = getattr(Storage, name)
+            patch.setattr(Storage, name, functools.partialmethod(dying, real=real))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.finish(outcome(attempt=1), result())
+    again = Ledger(open_storage(tmp_path))
+    state = again.states()[KEY]
+    assert state.open
+    attempt = again.claim(KEY, state.attempts)
+    kept = again.finish(outcome(attempt=attempt), result())
+    assert again.outcomes() == [kept]
+    assert len(again.items(kept)) == 2
+    stored = {file.path for file in storage.list(KEY.path)}
+    assert stored == {again.file_path(kept, name) for name in kept.files}
+
+
+def test_a_record_whose_answer_was_lost_is_ones_own_and_keeps_its_files(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    first = Ledger(storage).finish(outcome(), result())
+    # The storage said no, because an earlier try of the same write had got through.
+    assert Ledger(storage).finish(outcome(), result()) == first
+    assert len(Ledger(storage).items(first)) == 2
