@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from model import GLSCLConfig, GLSCLForPreTraining, GLSCLImageProcessor, GLSCLProcessor, word_maps
+from model import (
+    GLSCLConfig,
+    GLSCLForPreTraining,
+    GLSCLImageProcessor,
+    GLSCLProcessor,
+    text_grids,
+    word_maps,
+    words_on_grid,
+)
 from tests.model.small import small_model
 
 _CONFIG = GLSCLConfig.preset(
@@ -95,6 +103,24 @@ def test_a_picture_has_maps_without_frames_and_any_form_of_it_will_do(
         assert torch.equal(again.maps.flatten(), got.maps.flatten())
     bare = word_maps(model.glscl, processor, picture, "a cat")
     assert torch.equal(bare.maps, got.maps)
+
+
+def test_a_batch_has_the_maps_of_its_captions_alone(
+    model: GLSCLForPreTraining, processor: GLSCLProcessor
+) -> None:
+    captions = ["a cat", 'The cat\'s "red-hot" sofa, unhappily!', "owl"]
+    pictures = [_picture(seed=seed) for seed in range(3)]
+    grids = text_grids(model, **processor(images=pictures, text=captions))
+    assert grids.shape[0] == 3
+    assert grids.shape[2:] == (1, 3, 3)
+    for picture, caption, grid in zip(pictures, captions, grids, strict=True):
+        alone, batched = (
+            word_maps(model, processor, picture, caption),
+            words_on_grid(processor, caption, grid[:, 0]),
+        )
+        assert batched.words == alone.words
+        torch.testing.assert_close(batched.maps, alone.maps, rtol=1e-9, atol=0)
+        torch.testing.assert_close(batched.global_map, alone.global_map, rtol=1e-9, atol=0)
 
 
 def test_the_grid_is_that_of_the_processors_size(

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLProcessor, WordMaps
 from pipeline.alignment import picture
 from pipeline.alignment.lettering import fitted, lettering, wrapped
-from pipeline.alignment.picture import colours, draw_alignment
+from pipeline.alignment.picture import colours, draw_alignment, draw_region
 from pipeline.cli import main
 from tests.pipeline.trained_run import make_trained_run
 
@@ -62,6 +62,24 @@ def test_a_clips_frames_lie_below_each_other() -> None:
     assert brightest[2].max() > 2 * max(brightest[0].max(), brightest[1].max())
     row, column = np.unravel_index(brightest[2].argmax(), brightest[2].shape)
     assert (row * 4 // picture._PANEL, column * 4 // picture._PANEL) == (0, 3)
+
+
+def test_a_region_is_outlined_over_its_map_in_the_pictures_own_shape() -> None:
+    region = np.zeros((60, 120), dtype=bool)
+    region[15:45, 60:90] = True
+    values = np.zeros((4, 4))
+    values[1, 2] = 1
+    drawn = draw_region(np.zeros((64, 64, 3), dtype=np.uint8), values, region)
+    assert drawn.size == (200, 100)
+    pixels = np.asarray(drawn).astype(np.int64)
+    frame = np.array([0xD9, 0x77, 0x06])
+    lined = (pixels == frame).all(axis=2)
+    rows, columns = np.nonzero(lined)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (25, 74, 100, 149)
+    assert not lined[30:70, 105:145].any()
+    glow = np.where(lined, 0, pixels.sum(axis=2))
+    row, column = np.unravel_index(glow.argmax(), glow.shape)
+    assert (row * 4 // 100, column * 4 // 200) == (1, 2)
 
 
 def test_maps_lie_over_the_part_of_the_picture_that_the_model_sees() -> None:

@@ -63,11 +63,9 @@ class _DType:
     order: str = "="
 
     def build(self, state: Any) -> None:
-        """From ``(version, byte order, and what only arrays of records have, ...)``."""
-        if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
+        """From ``(version, byte order, ...)``; the rest is of records, whose code is refused."""
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise _NotPlain(f"a dtype with the state {_short(state)}")
-        if state[2:5] != (None, None, None):
-            raise _NotPlain("an array of records")
         self.order = state[1]
 
     def made(self) -> np.dtype[Any]:

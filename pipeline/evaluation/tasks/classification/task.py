@@ -9,6 +9,7 @@ Shape legend: N images, C classes, E width of the embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -54,9 +55,7 @@ def evaluate(context: TaskContext, task: ClassificationTask) -> TaskResult:
         nearest = _embedded_images(context, task, classes.images, skipped)
         if not nearest.images:
             raise UserError(f"evaluation {task.name!r}: none of the images of {task.images} can be read")
-        prompts = [prompt.format(name) for name in classes.names for prompt in task.prompts]
-        texts = _embedded_texts(context, prompts).unflatten(0, (len(classes.names), -1))
-        scores = nearest.embeddings @ F.normalize(texts.mean(dim=1), dim=-1).T
+        scores = nearest.embeddings @ class_embeddings(context, classes.names, task.prompts).T
     labels = torch.tensor([one.label for one in nearest.images])
     right = F.one_hot(labels, len(classes.names)).bool()
     ranks = ranks_of(scores, right, ITC_TIE).numpy()
@@ -105,16 +104,17 @@ def _embedded_images(
     return _Embedded(read, torch.cat(vectors) if vectors else torch.empty(0))
 
 
-def _embedded_texts(context: TaskContext, texts: list[str]) -> Tensor:
-    """[texts, E], fp32, CPU."""
+@torch.inference_mode()
+def class_embeddings(context: TaskContext, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """[C, E] of unit length, fp32, CPU: the mean over the prompts with a class's name in them."""
     device = next(context.model.parameters()).device
     vectors = []
-    for block in in_blocks(texts):
+    for block in in_blocks(prompt.format(name) for name in names for prompt in prompts):
         tokens = context.processor.tokenize(block)
         ids, mask = filled(tokens["input_ids"], tokens["attention_mask"])
         embedding = context.model.encode_text(ids.to(device), mask.to(device)).embedding
         vectors.append(embedding[: len(block)].float().cpu())
-    return torch.cat(vectors)
+    return F.normalize(torch.cat(vectors).unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
 
 
 def _class_weights(labels: np.ndarray) -> np.ndarray:

@@ -294,6 +294,17 @@ def test_a_box_of_more_than_nine_tenths_is_background() -> None:
         assert (bool(boxes.any()), bool(pixels.any())) == (True, True)
 
 
+def test_of_one_mask_for_all_boxes_what_is_in_none_but_background_is_left_out() -> None:
+    mask = np.ones((10, 10), bool)
+    phrase = Phrase("x", None, (box(0, 0, 10, 10), box(2, 3, 5, 9)), (mask,))
+    boxes, pixels = region(phrase, 10, 10, without_background=True)
+    expected = np.zeros((10, 10), bool)
+    expected[3:9, 2:5] = True
+    assert np.array_equal(boxes, expected)
+    assert np.array_equal(pixels, expected)
+    assert region(phrase, 10, 10)[1].all()
+
+
 def test_boxes_end_at_the_images_edge() -> None:
     boxes, _ = region(Phrase("x", None, (box(-3, 8, 4, 99),), (np.ones((10, 10)),)), 10, 10)
     expected = np.zeros((10, 10), bool)

@@ -113,12 +113,19 @@ def test_names_come_from_a_file_and_prompts_have_one_by_default(
     assert {name: found.metrics[name] for name in want} == pytest.approx(want, abs=1e-12)
 
 
-def test_several_prompts_are_one_mean_embedding(model: GLSCLForPreTraining, here: Storage) -> None:
-    one, other = (evaluate(model, here, prompts=[prompt]).metrics["top5"] for prompt in PROMPTS)
-    both = evaluate(model, here).families[0].metrics["top5"].values
-    again = evaluate(model, here, prompts=[*PROMPTS, *PROMPTS]).families[0].metrics["top5"].values
-    assert np.array_equal(both, again)
-    assert {one, other} != {float(both.mean())}
+@torch.inference_mode()
+def test_a_class_is_the_mean_of_its_prompts_of_unit_length(model: GLSCLForPreTraining, here: Storage) -> None:
+    context = context_of(model, here)
+    prompts = [*PROMPTS, "the {} of a person who has never seen one before"]
+    names = [f"thing {number}" for number in range(15)]  # more than a block of texts
+    found = classification.class_embeddings(context, names, prompts)
+    for name, vector in zip(names, found, strict=True):
+        texts = [context.processor(text=prompt.replace("{}", name)) for prompt in prompts]
+        alone = [model.get_text_features(text["input_ids"], text["attention_mask"])[0] for text in texts]
+        mean = torch.stack(alone).mean(dim=0)
+        assert float(mean.norm()) < 0.99999
+        torch.testing.assert_close(vector, mean / mean.norm(), rtol=1e-4, atol=1e-6)
+        assert min(float((vector - one).abs().max()) for one in alone) > 1e-3
 
 
 def test_folders_are_read_from_any_storage(storage: Storage) -> None:
