@@ -1,4 +1,4 @@
-"""``glscl demo`` on object storage: the whole bundled corpus, only the training cut to a few steps."""
+"""``glscl demo`` on object storage: the whole bundled corpus and all tasks, only the training cut to a few steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.evaluation.ledger import Ledger
 from sharding.storage import Storage
 from tests.end_to_end.command import Command, committed
 from tests.fixtures.s3 import S3Server
@@ -28,6 +29,8 @@ def test_the_demo_runs_on_s3_and_all_its_processes_stay_under_8_gib(
         for name in ("steps", "checkpoint_every")
         for part in ("--set", f"train.stages.{stage}.{name}={steps}")
     ]
+    for task in ("5", "6"):  # VQA and NLVR2, which fine-tune
+        overrides += ["--set", f"evaluate.tasks.{task}.fine_tune.steps=2"]
     command = Command(
         *(
             "demo",
@@ -52,9 +55,14 @@ def test_the_demo_runs_on_s3_and_all_its_processes_stay_under_8_gib(
     assert url in output
     run = Storage(s3_server.config(url)).at("runs/demo")
     assert [checkpoint.step for checkpoint in committed(run)] == [6, 8, 10]
-    tasks = 2  # pictures and clips, for each checkpoint
-    evaluated = [f.path for f in run.list("evaluations") if "." not in f.path.removesuffix(".json")]
-    assert len(evaluated) == 3 * tasks
+    outcomes = Ledger(run).outcomes()
+    assert [outcome.cause for outcome in outcomes] == [None] * len(outcomes)
+    zero_shot = {"images", "clips", "scenes", "objects", "regions"}  # each checkpoint ends a stage
+    fine_tuned = {"questions", "pairs"}  # after the last alone
+    assert {(outcome.step, outcome.task) for outcome in outcomes} == {
+        *((step, task) for step in (6, 8, 10) for task in zero_shot),
+        *((10, task) for task in fine_tuned),
+    }
     assert not (tmp_path / "demo" / "storage").exists()
 
 
