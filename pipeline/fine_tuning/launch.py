@@ -3,7 +3,7 @@
 Layout, below the run's folder::
 
     fine-tuning/<task>-v<version>/<checkpoint's digest, 16 digits>/
-        checkpoints/, consumption/, tracking/     while it runs, as those of a training
+        checkpoints/, consumption/, tracking/     while it runs, as those of a training; what a kind keeps for itself
         model/config.json, model/model.safetensors, fine-tuned.json      when it has ended; the rest is deleted
 
 The record ``fine-tuned.json`` is written last: with it the model is there, and verified before it is used. Without it
@@ -83,8 +83,9 @@ def fine_tuned(assignment: Assignment, setup: FineTuningSetup, folder: Path) -> 
         record = _keep(assignment, place, _train(assignment, setup, place), folder)
     else:
         _fetch(place, record, folder)
-    for leftover in ("checkpoints", "consumption", "tracking"):
-        place.delete(leftover, recursive=True)
+    for name, is_folder in {(file.path.split("/")[0], "/" in file.path) for file in place.list()}:
+        if name not in ("model", RECORD):
+            place.delete(name, recursive=is_folder)
     return FineTuned(folder / "model", place.url_of("model"), record)
 
 

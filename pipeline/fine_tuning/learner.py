@@ -135,7 +135,7 @@ class FineTuningSubject:
     tokenizer: str
 
     def learner(self, context: WorkerContext, scratch: Path) -> FineTuner:
-        os.nice(_NICENESS)
+        os.nice(max(0, _NICENESS - os.nice(0)))
         return FineTuner(self, open_training(self.task, self.material), context, scratch)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from model import GLSCLConfig
+from model import GLSCLConfig, GLSCLForPreTraining
 from model.vision import VisionEncoder
 from tests.model.small import small_batch, small_config, small_model
 
@@ -128,3 +130,22 @@ def test_wrong_sizes_and_too_many_frames_are_refused() -> None:
         encoder(torch.zeros(1, 1, 3, 16, 18, dtype=torch.uint8))
     with pytest.raises(ValueError, match="5 frames, but the model has room for 4"):
         encoder(torch.zeros(1, 5, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_a_new_image_size_changes_no_output_and_trains_its_own_positions(tmp_path: Path) -> None:
+    model = small_model(small_config()).eval()
+    pixels = torch.rand(2, 1, 3, 24, 24, dtype=torch.float64)
+    before = model.get_image_features(pixels)
+    other = model.get_image_features(pixels[..., :16, :16])
+    with pytest.raises(ValueError, match="26 is no multiple of 4"):
+        model.resize_images(26)
+    model.resize_images(24)
+    positions = model.glscl.vision_encoder.position_embedding
+    assert positions.shape == (1 + 36, 16)
+    assert positions.requires_grad
+    torch.testing.assert_close(model.get_image_features(pixels), before)
+    assert not torch.allclose(model.get_image_features(pixels[..., :16, :16]), other), "now interpolated anew"
+    model.float().save_pretrained(tmp_path)
+    loaded = GLSCLForPreTraining.from_pretrained(tmp_path).eval()
+    assert loaded.config.image_size == 24
+    assert torch.equal(loaded.get_image_features(pixels.float()), model.get_image_features(pixels.float()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from model import GLSCLForImageTextRetrieval, GLSCLForNLVR2, GLSCLForVisualQuestionAnswering
@@ -153,3 +155,24 @@ def test_nlvr2_needs_no_recipe() -> None:
     assert task.fine_tuning == NLVR2FineTuning()
     with pytest.raises(ValidationError, match=r"fine_tune\.epochs"):
         NLVR2Task.model_validate({**task.model_dump(), "fine_tune": {"epochs": 0}})
+
+
+def test_the_documented_tasks_are_valid() -> None:
+    text = (Path(__file__).parents[3] / "docs/fine-tuning.md").read_text("utf-8")
+    [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    tree = tiny_job("/data/raw", "/data/storage")
+    for name, like in (("flickr30k", "emoji"), ("msrvtt", "clips")):
+        for split in ("train", "test", "1ka"):
+            tree["datasets"][f"{name}-{split}"] = tree["datasets"][like]
+    tasks = parse_job(tree | yaml.safe_load(block), "docs").evaluate.tasks
+    found = {task.name: task.fine_tuning for task in tasks}
+    assert {name: type(recipe) for name, recipe in found.items()} == {
+        "vqa": VQAFineTuning,
+        "nlvr2": NLVR2FineTuning,
+        "flickr30k": RetrievalFineTuning,
+        "msrvtt": RetrievalFineTuning,
+    }
+    for name, recipe in found.items():
+        assert recipe is not None
+        assert recipe.workers == 8
+        assert recipe.learning_rate == (1e-5 if name == "nlvr2" else 5e-6)

@@ -27,7 +27,7 @@ from pipeline.evaluation.tasks.base import TaskConfig, TaskContext
 from pipeline.evaluation.tasks.registry import evaluator
 from pipeline.fine_tuning.launch import RECORD, _subject
 from pipeline.fine_tuning.learner import model_class
-from pipeline.tracking import TrackingConfig, open_run
+from pipeline.tracking import open_run
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan, train
 from sharding.manifest import load_manifest
@@ -45,7 +45,6 @@ from tests.pipeline.fine_tuning.material import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 STEPS, EVERY = 20, 4
-NOWHERE = TrackingConfig(uri="http://127.0.0.1:9")  # metrics stay in the run's storage
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,20 @@ def run_all(
     plans = []
     for task in tasks:
         place = run.run.at(f"ft/{folder.name}/{task.name}")
-        subject = _subject(run.assignment(task, datasets), run.setup(datasets), place)
+        setup = run.setup(datasets)
+        subject = _subject(run.assignment(task, datasets), setup, place)
+        key = f"{folder.name}-{task.name}"
         plans.append(
             TrainingPlan(
                 subject=subject,
                 course=subject.course,
                 seed=3,
                 run=place,
-                checkpoint_every=EVERY,
+                checkpoint_every=1000,
                 keep_last=2,
-                tracking=NOWHERE,
-                tracking_key="none",
-                tracking_run=None,
+                tracking=setup.tracking,
+                tracking_key=key,
+                tracking_run=open_run(setup.tracking, name=key, key=key, params={}, tags={}).run_id,
                 scratch=folder / task.name,
                 board=Notes(folder / f"{task.name}.jsonl"),  # type: ignore[arg-type]
             )
@@ -114,12 +115,12 @@ class Trained:
 
     def weights(self, task: str) -> str:
         last = list_checkpoints(self.run.run.at(f"ft/two/{task}"))[-1]
-        assert last.step == STEPS
         return str(last.files["model/model.safetensors"]["sha256"])
 
     def evaluated(self, name: str) -> TaskResult:
         task = self.tasks[name]
-        folder = self.run.run.at(f"ft/two/{name}").local_path(f"checkpoints/step-{STEPS:08d}/model")
+        place = self.run.run.at(f"ft/two/{name}")
+        folder = place.local_path(f"{list_checkpoints(place)[-1].path}/model")
         model = model_class(task.kind).from_pretrained(folder).eval()
         reader = None
         if task.dataset_name is not None:
@@ -135,34 +136,39 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Trai
     folder = tmp_path_factory.mktemp("learning")
     run = make_run(folder)
     datasets = retrieval_datasets(run, folder)
-    tasks = [nlvr2_task(run.storage), retrieval_task(), vqa_task(run.storage, checkpoint_every=EVERY)]
+    tasks = [
+        nlvr2_task(run.storage, steps=10),
+        retrieval_task(steps=20),
+        vqa_task(run.storage, steps=STEPS, checkpoint_every=EVERY),
+    ]
     run_all(run, tasks, datasets, folder / "two", workers=2)
     return Trained(run, {task.name: task for task in tasks}, datasets, folder)
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "chance"),
-    [("vqa", "accuracy", 0.25), ("nlvr2", "accuracy", 0.75), ("pairs", "t2i_rerank_R1", 0.25)],
+    ("task", "metric", "constant", "least"),
+    [
+        ("vqa", "accuracy", 0.25, 1.0),
+        ("nlvr2", "accuracy", 0.5, 1.0),
+        ("pairs", "i2t_rerank_R1", 0.25, 1.0),
+    ],
 )
 def test_the_fine_tuned_model_has_learnt_what_there_is_to_learn(
-    trained: Trained, task: str, metric: str, chance: float
+    trained: Trained, task: str, metric: str, constant: float, least: float
 ) -> None:
+    """``constant``: of one that says the same of everything."""
     losses = Notes(trained.folder / f"two/{task}.jsonl").losses()
-    assert len(losses) == STEPS
     first = "rank" if task == "pairs" else task
     assert losses[-1][f"loss/{first}"] < 0.25 * losses[0][f"loss/{first}"]
     metrics = trained.evaluated(task).metrics
-    assert metrics.get("best_constant", chance) <= chance
-    assert metrics[metric] == 1.0
+    assert metrics.get("best_constant", constant) == constant
+    assert metrics[metric] >= least
 
 
-def test_while_it_runs_two_checkpoints_are_kept(trained: Trained) -> None:
-    for task in trained.tasks:
-        kept = list_checkpoints(trained.run.run.at(f"ft/two/{task}"))
-        assert (
-            [checkpoint.step for checkpoint in kept] == [STEPS] if task != "vqa" else [STEPS - EVERY, STEPS]
-        )
-        assert kept[-1].record["fine_tuned_from"] == trained.run.checkpoint.digest
+def test_two_checkpoints_are_kept_while_it_runs(trained: Trained) -> None:
+    kept = list_checkpoints(trained.run.run.at("ft/two/vqa"))
+    assert [checkpoint.step for checkpoint in kept] == [STEPS - EVERY, STEPS]
+    assert kept[-1].record["fine_tuned_from"] == trained.run.checkpoint.digest
 
 
 def test_one_worker_has_the_losses_of_two(trained: Trained) -> None:
