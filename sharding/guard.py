@@ -409,9 +409,9 @@ class _Child:
         self._socket.close()
         status = self.process.poll()
         if status is None:
-            # Its end of the socket may close a moment before the process is gone.
+            # Its end of the socket closes a moment before the process is gone: a long one where others are busy.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                status = self.process.wait(timeout=0.05)
+                status = self.process.wait(timeout=2.0 if self.ended else 0.05)
         self.process.kill()
         self.process.wait()
         if status is None:
