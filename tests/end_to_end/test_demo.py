@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.evaluation.ledger import Ledger
 from sharding.storage import Storage
 from tests.end_to_end.command import Command, committed
 from tests.fixtures.s3 import S3Server
@@ -53,8 +54,9 @@ def test_the_demo_runs_on_s3_and_all_its_processes_stay_under_8_gib(
     run = Storage(s3_server.config(url)).at("runs/demo")
     assert [checkpoint.step for checkpoint in committed(run)] == [6, 8, 10]
     tasks = 2  # pictures and clips, for each checkpoint
-    evaluated = [f.path for f in run.list("evaluations") if "." not in f.path.removesuffix(".json")]
-    assert len(evaluated) == 3 * tasks
+    outcomes = Ledger(run).outcomes()
+    assert len(outcomes) == 3 * tasks
+    assert all(outcome.intervals and Ledger(run).items(outcome) for outcome in outcomes)
     assert not (tmp_path / "demo" / "storage").exists()
 
 
