@@ -223,11 +223,10 @@ class Ledger:
         kept = outcome
         if not self._run.create_exclusive(f"{outcome.key.path}.json", _to_bytes(outcome)):
             kept = self._read(f"{outcome.key.path}.json")
-        others = {*range(1, outcome.attempt + 1)} - {
-            kept.attempt
-        }  # killed, or slower than the one that counts
+        # Of attempts that were killed, or slower than the one that counts.
+        lost = {*range(1, outcome.attempt + 1)} - {kept.attempt}
         try:
-            for attempt in sorted(others):
+            for attempt in sorted(lost):
                 self._run.delete(_attempt_folder(outcome.key, attempt), recursive=True)
         except StorageFault as error:
             log.warning("files of lost attempts at %s stay behind: %s", outcome.key.path, error)

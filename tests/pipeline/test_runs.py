@@ -108,7 +108,11 @@ def test_no_secret_of_the_job_is_in_its_record(tmp_path: Path) -> None:
     open_run_folder(job, made.root.at("other"), paths)
     text = made.root.read_bytes("other/runs/tiny/run.json").decode()
     assert "hunter" not in text
-    assert load_run_job(made.root.url_of("other/runs/tiny")).tracking.uri == "http://tracking:5000"
+    found = load_run_job(made.root.url_of("other/runs/tiny"))
+    assert found.tracking.uri == "http://tracking:5000"
+    assert (
+        found.cluster.environment.env_vars == {}
+    )  # left out, not replaced by something that looks like a value
 
 
 def test_an_address_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ def test_only_the_newest_checkpoint_is_judged_and_only_by_earlier_ones(run: Stor
     one.add(evaluated(run, 30, 0.65))  # evaluated late, and better than the newest
     (fall,) = one.falls()
     assert (fall.best.step, fall.outcome.step) == (30, 40)
+    # A step that was trained once more, after its checkpoint was damaged, is not compared with itself.
+    again = standings(run)
+    for digest, share in (("ab" * 32, 0.6), ("cd" * 32, 0.2)):
+        path = {"path": "checkpoints/step-00000050", "digest": digest, "step": 50, "stage": 0}
+        again.add(evaluated(run, 50, share, checkpoint=path))
+    assert again.falls() == []
 
 
 def test_a_fall_within_chance_is_none(run: Storage) -> None:
