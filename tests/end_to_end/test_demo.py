@@ -57,6 +57,7 @@ def test_the_demo_runs_on_s3_and_all_its_processes_stay_under_8_gib(
     assert [checkpoint.step for checkpoint in committed(run)] == [6, 8, 10]
     outcomes = Ledger(run).outcomes()
     assert [outcome.cause for outcome in outcomes] == [None] * len(outcomes)
+    assert all(outcome.intervals and Ledger(run).items(outcome) for outcome in outcomes)
     zero_shot = {"images", "clips", "scenes", "objects", "regions"}  # each checkpoint ends a stage
     fine_tuned = {"questions", "pairs"}  # after the last alone
     assert {(outcome.step, outcome.task) for outcome in outcomes} == {
