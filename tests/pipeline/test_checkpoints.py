@@ -131,3 +131,15 @@ def test_a_run_goes_on_after_a_retraction_but_not_on_other_shards(
     assert "other samples are retracted than at step 4" in caplog.text
     with pytest.raises(UserError, match="shards was"):
         _refuse_mismatch(checkpoint, context, _identity(plan, learner(other)), run)
+
+
+def test_another_number_of_workers_is_refused_naming_the_field(tmp_path: Path) -> None:
+    run = open_storage(tmp_path)
+    checkpoint = commit(run, 4, world_size=2)
+    context = WorkerContext(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, device=torch.device("cpu")
+    )
+    for place in ("train", "fine_tune"):
+        told = rf"was written by 2 workers; set {place}\.workers to 2 to go on with it \(now 1\)"
+        with pytest.raises(UserError, match=told):
+            _refuse_mismatch(checkpoint, context, {}, run, place)

@@ -14,9 +14,9 @@ from model import GLSCLConfig, GLSCLProcessor
 from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from pipeline.fine_tuning.config import DATA
-from pipeline.fine_tuning.examples import Collator, Example, ExampleTable, FineTuningBatch
+from pipeline.fine_tuning.examples import Collator, Example, ExampleTable, FineTuningBatch, Sample, blank
 from pipeline.fine_tuning.learner import Material, TaskTraining, open_training
-from pipeline.training.loading import StageSampler, batch_loader
+from pipeline.training.loading import Slot, StageSampler, batch_loader
 from sharding.errors import UserError
 from sharding.storage import Storage
 from tests.pipeline.fine_tuning.material import NAMES, Run, make_run, nlvr2_task, vqa_task
@@ -66,6 +66,9 @@ def test_two_workers_together_hold_the_batch_of_one_and_a_resume_gives_the_rest(
     for start in (1, 4):
         for batch, rest in zip(whole[start:], batches(run, task, start=start), strict=True):
             assert_same(batch, rest)
+    again = whole[3].keys[0]  # of the second epoch
+    [(first, row)] = [(batch, batch.keys.index(again)) for batch in whole[:3] if again in batch.keys]
+    assert not torch.equal(whole[3].pixel_values[0], first.pixel_values[row]), "augmented anew"
 
 
 def test_an_epoch_asks_each_question_once_and_the_next_in_another_order(run: Run) -> None:
@@ -121,6 +124,13 @@ def test_labels_are_the_soft_scores_of_answers_in_the_vocabulary(run: Run) -> No
     assert sorted(answers) == sorted(NAMES)
     scores = {answers[label]: score for label, score in training.data.example(0, 0).labels}
     assert scores == pytest.approx({"fist": 1.0, "heart": 0.6, "man": 0.3})
+    sample = Sample(
+        Slot(DATA, 0, 0, 0), "key", blank(1, 8), ["text"], training.data.example(0, 0).labels, True
+    )
+    collate = Collator(GLSCLProcessor.from_config(CONFIG), training.labels, None)
+    spread = collate([sample]).labels
+    assert spread is not None
+    assert dict(zip(answers, spread[0].tolist(), strict=True)) == pytest.approx(scores | {"tongue": 0.0})
     table = run.storage.read_json("vqa/train-q.json")
     assert training.data.example(0, 0).text == table["questions"][0]["question"]
 
