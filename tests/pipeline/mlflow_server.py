@@ -48,6 +48,7 @@ class MlflowServer:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
+        self.kill()
         raise TimeoutError((self.folder / "server.log").read_text()[-3000:])
 
     def kill(self) -> None:
