@@ -138,8 +138,8 @@ def result() -> TaskResult:
     return TaskResult([queries, images], {"chance": 0.1}, [example], {"server.json": b"[]"}, {"answers": 3})
 
 
-def test_items_and_examples_come_back_as_they_were_written(tmp_path: Path) -> None:
-    storage, written = open_storage(tmp_path), result()
+def test_items_and_examples_come_back_as_they_were_written(storage: Storage) -> None:
+    written = result()
     kept = Ledger(storage).finish(outcome(), written)
     (found,) = Ledger(storage).outcomes()
     assert found == kept
@@ -189,8 +189,7 @@ def test_a_damaged_file_beside_an_outcome_is_told_as_bad_data(tmp_path: Path, na
         ledger.items(kept) if name == "items.parquet" else ledger.examples(kept)
 
 
-def test_files_of_lost_attempts_are_deleted_and_those_of_the_one_that_counts_stay(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
+def test_files_of_lost_attempts_are_deleted_and_those_of_the_one_that_counts_stay(storage: Storage) -> None:
     ledger = Ledger(storage)
     ledger._write_files(outcome(attempt=1), result())  # killed before its numbers were written
     second = ledger.finish(outcome(attempt=2), result())
