@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
@@ -94,7 +94,14 @@ def _read(place: Storage) -> dict[str, Any] | None:
         record: dict[str, Any] = place.read_json(RECORD)
     except FileNotFoundError:
         return None
-    if record.get("format") != FORMAT:
+    try:
+        whole = record["format"] == FORMAT and {"steps", "recipe"} <= set(record)
+        # Nothing is written anywhere but below the model's folder, whatever a record says.
+        whole = whole and all(PurePosixPath(name).parts[0] == "model" for name in record["files"])
+        whole = whole and not any(".." in PurePosixPath(name).parts for name in record["files"])
+    except (KeyError, TypeError, IndexError):
+        whole = False
+    if not whole:
         raise BadData("damaged-record", f"{place.url_of(RECORD)} is no record of a fine-tuning; delete it")
     return record
 

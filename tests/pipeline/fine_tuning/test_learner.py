@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_the_valid_samples_and_the_accuracy_their_score(tune
     assert [model.config.id2label[number] for number in range(4)] == sorted(NAMES)
     always_answers(model, 1)
     engine = Engine(model)
-    batch = batch_of([1.0, 0.5, 0.25, 0.0], [True, True, True, False])
+    batch = batch_of([1.0, 0.5, 0.25, 1.0], [True, True, True, False])
     found: Losses = tuner.forward_backward(
         engine, tuner._subject.course.stages[0], batch, Part(step=4, number=0)
     )
