@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from cluster.board import Board
 from cluster.errors import WorkersStopped
@@ -149,12 +148,12 @@ def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str
         else:
             prepared[name] = _prepare_one(job, name, config, scorers[name], storage, console)
     console.print(closing_table(dataset.manifest for dataset in prepared.values()))
-    grid = Table.grid(padding=(0, 2))
+    reports = {}
     for name, dataset in prepared.items():
         folder = storage.resolve(dataset.path)
         if folder.exists(REPORT_PATH):  # a merge, or another program's shards, have none
-            grid.add_row(f"report of {name}", folder.url_of(REPORT_PATH))
-    console.print(grid, soft_wrap=True, highlight=False)
+            reports[f"report of {name}"] = folder.url_of(REPORT_PATH)
+    _print_addresses(reports, console)
     return prepared
 
 
@@ -376,8 +375,12 @@ def _print_places(run: RunFolder, tracker: Tracker, console: Console, *, report:
         places["report"] = report
     uri = tracker.config.address
     places["MLflow"] = f"mlflow ui --backend-store-uri {uri}" if tracker.config.embedded else uri
-    grid = Table.grid(padding=(0, 2))
-    for what, where in places.items():
-        grid.add_row(what, where)
     console.print()
-    console.print(grid, soft_wrap=True, highlight=False)
+    _print_addresses(places, console)
+
+
+def _print_addresses(places: Mapping[str, str], console: Console) -> None:
+    """A line each, never cut off: addresses are there to be copied."""
+    widest = max(map(len, places), default=0)
+    for what, where in places.items():
+        console.print(f"{what:<{widest}}  {where}", soft_wrap=True, highlight=False, markup=False)

@@ -30,7 +30,7 @@ def test_a_submitted_job_prepares_trains_on_both_raylets_and_evaluates(
     assert "the-job" in again.output
 
     followed = Command("logs", "-f", "the-job", *address, log=tmp_path / "logs").succeed()
-    assert "re-ranked" in followed, followed[-3000:]
+    assert "ITM R@1" in followed, followed[-3000:]
     assert "SUCCEEDED" in Command("status", "the-job", *address, log=tmp_path / "status").succeed()
 
     run = open_storage(tmp_path / "storage").at("runs/submitted")
