@@ -138,8 +138,17 @@ def _store_planes(pixels: np.ndarray, size: tuple[int, int], config: ImageConfig
     """What is stored, as JPEG, of uint8 [H, W, 3] that is to be shrunk: never RGB of the size that is stored."""
     _refuse_long(*size, "jpg")
     planes = resized_planes(pixels, size, config.chroma)
-    data = simplejpeg.encode_jpeg_yuv_planes(*planes, quality=config.quality)
+    data = simplejpeg.encode_jpeg_yuv_planes(_with_edges(planes[0]), *planes[1:], quality=config.quality)
     return Encoded(data, "jpg", MediaInfo(*size), fingerprint([Image.fromarray(planes[0])], data))
+
+
+def _with_edges(luma: np.ndarray) -> np.ndarray:
+    """The same [H, W], as a view of memory with even sides: with halved chroma libjpeg-turbo reads that much.
+
+    Without, it would read what lies behind: other bytes each time, in the last column and row of blocks.
+    """
+    height, width = luma.shape
+    return np.pad(luma, ((0, height % 2), (0, width % 2)), mode="edge")[:height, :width]
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -142,6 +142,19 @@ def test_alpha_is_kept_on_demand():
         assert Image.open(io.BytesIO(white)).mode == "RGB"
 
 
+def test_a_jpeg_of_odd_sides_does_not_depend_on_what_lies_behind_it_in_memory():
+    noise = np.random.default_rng(0).integers(0, 255, (54, 71, 3), np.uint8)
+    data = _bytes(Image.fromarray(noise), "PNG")
+    found = set()
+    for number in range(300):
+        junk = [np.full(size, number % 256, np.uint8) for size in (1400, 1485, 1600)]
+        del junk
+        encoded = encode_image(data, ImageConfig(resize=33, format="jpg"))
+        assert (encoded.info.width, encoded.info.height) == (43, 33)
+        found.add(encoded.data)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("kind", ["webp", "jpg", "png"])
 def test_encoding_an_image_twice_gives_the_same_bytes(kind):
     noise = np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)
