@@ -130,12 +130,12 @@ def _train(assignment: Assignment, setup: FineTuningSetup, place: Storage) -> Ch
     subject = _subject(assignment, setup, place)
     course = subject.course
     [stage] = course.stages
-    there = list_checkpoints(place)
-    if there and there[-1].step == course.total_steps:
-        return there[-1]
     key = f"{assignment.checkpoint.digest[:16]}-{assignment.task.name}-v{assignment.version}"
     scratch = Path(tempfile.gettempdir()) / f"glscl-{key}"
     with _tracked(assignment, setup, subject, place, key) as tracker:
+        there = list_checkpoints(place)
+        if there and there[-1].step == course.total_steps:
+            return there[-1]  # whoever trained it was killed before the run in MLflow was ended
         plan = TrainingPlan(
             subject=subject,
             course=course,

@@ -84,7 +84,7 @@ def make_run(folder: Path) -> Run:
     for number in range(len(NAMES)):
         for copy in range(3):
             storage.write_bytes(f"images/{number}-{copy}.png", _picture(number, copy))
-    return Run(storage, run, _commit(run, folder / "model"))
+    return Run(storage, run, commit(run, folder / "model"))
 
 
 def _picture(number: int, copy: int) -> bytes:
@@ -92,17 +92,17 @@ def _picture(number: int, copy: int) -> bytes:
     return picture(_PICTURES[number], size=(40 + copy, 36 + copy))
 
 
-def _commit(run: Storage, folder: Path) -> Checkpoint:
-    """A checkpoint as the pre-training leaves it."""
+def commit(run: Storage, folder: Path, step: int = 10) -> Checkpoint:
+    """A checkpoint as a training leaves it."""
     tiny_model(GLSCLForPreTraining).save_pretrained(folder)
-    path, files = "checkpoints/step-00000010", {}
+    path, files = f"checkpoints/step-{step:08d}", {}
     for file in sorted(folder.iterdir()):
         uploaded = run.upload(file, f"{path}/model/{file.name}")
         files[f"model/{file.name}"] = {"size": uploaded.size, "sha256": uploaded.sha256}
-    record = {"format": FORMAT, "version": 1, "step": 10, "stage": 0, "stage_end": True, "files": files}
-    record |= {"stage_name": "pre-training", "data": {}, "tracking_key": "one"}
+    record = {"format": FORMAT, "version": 1, "step": step, "stage": 0, "stage_end": True, "files": files}
+    record |= {"stage_name": "pre-training", "data": {}, "tracking_key": "one", "bad_samples": {}}
     run.write_json(f"{path}/commit.json", {"record": record, "digest": _digest(record)})
-    return Checkpoint(10, 0, path, _digest(record), record)
+    return Checkpoint(step, 0, path, _digest(record), record)
 
 
 def vqa_task(storage: Storage, count: int = 48, **recipe: Any) -> VQATask:

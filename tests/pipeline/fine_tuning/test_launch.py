@@ -1,18 +1,20 @@
-"""A fine-tuned model that is there is taken as it is, verified, and nothing is trained."""
+"""What a fine-tuning has come to is taken as it is, verified, and nothing of it is done again."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from pipeline.fine_tuning import launch
 from pipeline.fine_tuning.launch import FORMAT, RECORD, fine_tuned
+from pipeline.tracking import open_run
 from pipeline.training.checkpoints import FOLDER
 from sharding.errors import BadData
 from sharding.storage import Storage
-from tests.pipeline.fine_tuning.material import Run, make_run, vqa_task
+from tests.pipeline.fine_tuning.material import Run, commit, make_run, vqa_task
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture(autouse=True)
 def _trains_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_train", lambda *_: pytest.fail("it is there already"))
+    monkeypatch.setattr("cluster.workers.run_workers", lambda *_, **__: pytest.fail("it is there already"))
 
 
 def kept(run: Run, **changes: Any) -> Storage:
@@ -39,6 +41,27 @@ def kept(run: Run, **changes: Any) -> Storage:
     place.write_bytes(f"{FOLDER}/step-00000020/commit.json", b"{}")
     place.write_bytes("captions-0123.parquet", b"of a kind's own")
     return place
+
+
+def test_one_that_was_killed_after_its_last_step_is_kept_and_ended_in_mlflow(
+    run: Run, tmp_path: Path
+) -> None:
+    assignment, setup = run.assignment(vqa_task(run.storage)), run.setup()
+    place = run.run.at(f"fine-tuning/vqa-v{assignment.version}/{run.checkpoint.digest[:16]}")
+    last = commit(place, tmp_path / "trained", step=20)
+    parent = open_run(setup.tracking, name="one", key="one", params={}, tags={})
+    run.run.write_json("run.json", {"tracking_run": parent.run_id})
+    kept_back = [20, 1_700_000_000_000, {"loss/vqa": 0.25}]  # a metric that the server did not get
+    place.write_bytes("tracking/1.jsonl", json.dumps(kept_back).encode() + b"\n")
+    found = fine_tuned(assignment, setup, tmp_path / "here")
+    assert found.record["files"].keys() == {"model/config.json", "model/model.safetensors"}
+    assert found.record["files"]["model/model.safetensors"] == last.files["model/model.safetensors"]
+    assert found.record["steps"] == 20
+    client = MlflowClient(tracking_uri=setup.tracking.uri)
+    [child] = [one for one in client.search_runs([parent.experiment_id]) if one.info.run_id != parent.run_id]
+    assert child.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert child.info.status == "FINISHED"
+    assert child.data.metrics["loss/vqa"] == 0.25
 
 
 def test_it_is_fetched_and_what_the_training_left_is_deleted(run: Run, tmp_path: Path) -> None:
