@@ -1,7 +1,7 @@
 """Retrieval, re-ranked by the matching head: our evaluation against the loop of the released code, on the same pairs.
 
     python -m benchmarks.retrieval                                          # tiny, 5,000 pictures x 25,000 captions
-    python -m benchmarks.retrieval --preset base --images 6 --rerank all --loop 4 --batches 1
+    python -m benchmarks.retrieval --preset base --size 224 --images 16 --rerank all --loop 16 --together 16
 
 Pictures are emoji on noise (``benchmarks/pictures.py``), JPEGs in memory; five captions each, of as many words as
 those of COCO. The model is not trained, so its embeddings would send every caption to the same few pictures: after
@@ -14,7 +14,7 @@ through its vision encoder again for every caption, pads captions to the limit a
 part of them, half before our pairs are scored and half after, and multiplied:
 
 - *pair at a time*: encoders and fusion for each pair alone;
-- *64 captions at a time*: one picture, repeated, with 64 captions in one pass, as the released code has them;
+- *captions together*: one picture, repeated, with 64 captions in one pass, as the released code has them;
 - *kept states, pair at a time*: our model, both encoders run once, each pair fused alone.
 
 CPU seconds are those of this process; on a machine that others use too they say more than the seconds on the clock.
@@ -52,8 +52,7 @@ from sharding.seeds import derive_seed, generator
 from sharding.storage import open_storage
 
 CAPTIONS = 5
-RELEASED_BATCH = 64
-PAIR, BATCH, KEPT = "pair at a time", f"{RELEASED_BATCH} captions at a time", "kept states, pair at a time"
+PAIR, BATCH, KEPT = "pair at a time", "captions together", "kept states, pair at a time"
 
 
 @dataclass
@@ -123,7 +122,8 @@ def main() -> None:
     parser.add_argument("--rerank", default="16", help="candidates of each query, or all")
     parser.add_argument("--cache-mb", type=int, default=512)
     parser.add_argument("--loop", type=int, default=64, help="pairs on which each loop is timed")
-    parser.add_argument("--batches", type=int, default=2, help="passes of 64 captions that are timed")
+    parser.add_argument("--batches", type=int, default=2, help="passes of captions together that are timed")
+    parser.add_argument("--together", type=int, default=64, help="captions in such a pass")
     parser.add_argument("--threads", type=int, default=1, help="an evaluation on the CPU has one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -135,16 +135,16 @@ def main() -> None:
     rerank: Any = arguments.rerank if arguments.rerank == "all" else int(arguments.rerank)
     task = RetrievalTask(name="retrieval", dataset="pictures", rerank=rerank, cache_mb=arguments.cache_mb)
     with torch.inference_mode():
-        measured = measure(model, corpus, task, arguments.loop, arguments.batches)
+        measured = measure(model, corpus, task, arguments)
     print_table(arguments, config, measured)
 
 
 def measure(
-    model: GLSCLForPreTraining, corpus: Corpus, task: RetrievalTask, loop: int, batches: int
+    model: GLSCLForPreTraining, corpus: Corpus, task: RetrievalTask, arguments: argparse.Namespace
 ) -> Measured:
     """Our evaluation, and the loops before and after its pairs are scored."""
     processor = GLSCLProcessor.from_config(model.config)
-    reader = cast(Any, corpus)
+    reader, loop, batches = cast(Any, corpus), arguments.loop, arguments.batches
     gallery = Gallery(TaskContext(model, processor, open_storage("/"), reader, seed=0), task)
     measured = Measured(loops={name: Spent() for name in (PAIR, BATCH, KEPT)})
     reset_peak(torch.device("cpu"))
@@ -156,7 +156,7 @@ def measure(
     pairs = measured.part("similarities").time(lambda: pairs_to_judge(gallery, *found))
     peak = resident("VmHWM")
     chosen = _draw(pairs, gallery, loop)
-    loops = _Loops(model, processor, corpus, gallery)
+    loops = _Loops(model, processor, corpus, gallery, arguments.together)
     before = [loops.time(pair, measured.loops) for pair in chosen[: loop // 2]]
     for pair in chosen[: batches - batches // 2]:
         loops.time_batch(pair, measured.loops[BATCH])
@@ -179,8 +179,14 @@ class _Loops:
     """The other ways to score a pair (picture, caption)."""
 
     def __init__(
-        self, model: GLSCLForPreTraining, processor: GLSCLProcessor, corpus: Corpus, gallery: Gallery
+        self,
+        model: GLSCLForPreTraining,
+        processor: GLSCLProcessor,
+        corpus: Corpus,
+        gallery: Gallery,
+        together: int,
     ) -> None:
+        self._together = together
         self._model, self._processor, self._corpus, self._gallery = model, processor, corpus, gallery
         self._literal = LiteralStep(model)
         self._draws = generator(derive_seed(0, "benchmark.batches"))
@@ -196,11 +202,11 @@ class _Loops:
         return float(logits[0, 1] - logits[0, 0])
 
     def time_batch(self, pair: tuple[int, int], spent: Spent) -> None:
-        """A picture with 64 captions."""
-        texts = self._draws.integers(len(self._gallery.captions), size=RELEASED_BATCH).tolist()
+        """A picture with several captions in one pass."""
+        texts = self._draws.integers(len(self._gallery.captions), size=self._together).tolist()
         ids, mask = self._padded(texts)
-        pixels = self._pixels(pair[0]).expand(RELEASED_BATCH, -1, -1, -1, -1)
-        spent.time(lambda: self._released(ids, mask, pixels), RELEASED_BATCH)
+        pixels = self._pixels(pair[0]).expand(self._together, -1, -1, -1, -1)
+        spent.time(lambda: self._released(ids, mask, pixels), self._together)
 
     def _released(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
         text, vision = self._literal.text(ids, mask.bool()), self._literal.vision(pixels[:, 0])
@@ -252,7 +258,8 @@ def print_table(arguments: argparse.Namespace, config: GLSCLConfig, measured: Me
     rows = {"ours": ours}
     for name, loop in measured.loops.items():
         factor = measured.pairs / loop.pairs
-        rows[f"{name} ({loop.pairs} pairs timed)"] = Spent(
+        label = f"{arguments.together} {name}" if name == BATCH else name
+        rows[f"{label} ({loop.pairs} pairs timed)"] = Spent(
             loop.wall * factor, loop.cpu * factor, measured.pairs
         )
     for name, spent in rows.items():
