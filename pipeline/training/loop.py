@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.lease import Fence
 from pipeline.tracking import MetricLogger, TrackingConfig
 from pipeline.training.checkpoints import (
     Checkpoint,
@@ -35,6 +36,7 @@ from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
+from pipeline.training.preemption import Preemption
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from sharding.storage import Storage
 
@@ -57,6 +59,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        fence: keeps workers that outlived their driver from writing beside those of the next one.
     """
 
     subject: Subject
@@ -70,6 +73,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    fence: Fence | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -90,6 +94,7 @@ class _Worker:
     metrics: MetricLogger | None
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
+    preemption: Preemption
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -99,9 +104,11 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, BadDataLimit: see ``health``.
+        Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
     course = plan.course
     started = time.monotonic()
+    preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
@@ -129,6 +136,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
             consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            preemption=preemption,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -158,6 +166,8 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     plan = worker.plan
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
+    worker.preemption.agree()
+    worker.preemption.leave()
     for step in range(first + start, first + stage.steps):
         record = _train_step(worker, stage, step, batches)
         done = step + 1
@@ -166,8 +176,11 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
-        if last or (done - first) % every == 0:
-            _checkpoint(worker, index, done, stage_end=last)
+        due = last or (done - first) % every == 0
+        if worker.preemption.agree() or due:
+            _checkpoint(worker, index, done, stage_end=last, interim=not due)
+        if done < plan.course.total_steps:
+            worker.preemption.leave()
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -244,10 +257,12 @@ def _rates(worker: _Worker) -> dict[str, float]:
     return {name.removesuffix("_no_decay"): peak for name, peak in zip(names, worker.peaks, strict=True)}
 
 
-def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool) -> None:
-    """Save and commit. Collective."""
+def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool, interim: bool) -> None:
+    """Save and commit. Collective. ``interim``: on leaving, at a step at which none was due."""
     began = time.monotonic()
     plan, learner = worker.plan, worker.learner
+    if plan.fence is not None and worker.context.rank == 0:
+        plan.fence.check()
     if worker.metrics is not None:
         # Steps before a checkpoint are never computed again: their metrics must be safe before it exists.
         worker.metrics.flush(timeout_s=10.0)
@@ -265,6 +280,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
             "consumption": asdict(consumed),
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
+            "interim": interim,
             "bad_samples": dict(worker.guard.causes),
             "tracking_key": plan.tracking_key,
         },
