@@ -245,6 +245,11 @@ class CheckpointBlock(Block):
     keep_best: str | None = Field(
         default=None, description="'TASK/METRIC' whose best checkpoint is kept, e.g. images/t2i_R10"
     )
+    on_stop_s: Annotated[float, Field(ge=0)] = Field(
+        default=30.0,
+        description="seconds in which the workers may write a last checkpoint when the job is told to end (SIGTERM, "
+        "Ctrl-C); a second signal ends it at once",
+    )
 
 
 def divisors(number: int) -> list[int]:

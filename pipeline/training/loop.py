@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.lease import Fence
 from pipeline.tracking import MetricLogger, TrackingConfig
 from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
 from pipeline.training.checkpoints.resuming import resume
@@ -32,6 +33,7 @@ from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
+from pipeline.training.preemption import Preemption
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from sharding.storage import Storage
 
@@ -54,6 +56,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        fence: keeps workers that outlived their driver from writing beside those of the next one.
     """
 
     subject: Subject
@@ -67,6 +70,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    fence: Fence | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -88,6 +92,7 @@ class _Worker:
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
     checkpoints: CheckpointWriter
+    preemption: Preemption
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -97,9 +102,11 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, BadDataLimit: see ``health``.
+        Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
     course = plan.course
     started = time.monotonic()
+    preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
@@ -127,6 +134,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
             consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
             checkpoints=checkpoints,
+            preemption=preemption,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -155,6 +163,8 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     plan = worker.plan
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
+    worker.preemption.agree()
+    worker.preemption.leave()
     for step in range(first + start, first + stage.steps):
         worker.checkpoints.check()
         record = _train_step(worker, stage, step, batches)
@@ -164,8 +174,11 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
-        if last or (done - first) % every == 0:
-            _checkpoint(worker, index, done, stage_end=last)
+        due = last or (done - first) % every == 0
+        if worker.preemption.agree() or due:
+            _checkpoint(worker, index, done, stage_end=last, interim=not due)
+        if done < plan.course.total_steps:
+            worker.preemption.leave()
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -245,8 +258,11 @@ def _rates(worker: _Worker) -> dict[str, float]:
     return {name.removesuffix("_no_decay"): peak for name, peak in zip(names, worker.peaks, strict=True)}
 
 
-def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool) -> None:
-    """Take a snapshot, to be written and committed in the background. Collective."""
+def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool, interim: bool) -> None:
+    """Take a snapshot, to be written and committed in the background. Collective.
+
+    ``interim``: on leaving, at a step at which none was due.
+    """
     began = time.monotonic()
     plan, learner = worker.plan, worker.learner
     trained_on = worker.consumption.take(worker.context)
@@ -260,6 +276,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
             "zero_stage": plan.course.zero_stage,
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
+            "interim": interim,
             "bad_samples": dict(worker.guard.causes),
             "tracking_key": plan.tracking_key,
         },
@@ -271,6 +288,8 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
 def _settle(worker: _Worker, trained_on: list[StepRecord]) -> dict[str, Any]:
     """On worker 0 before a commit: steps before a checkpoint are never computed again, so that what is known of
     them must be safe before it exists."""
+    if worker.plan.fence is not None:
+        worker.plan.fence.check()
     if worker.metrics is not None:
         worker.metrics.flush(timeout_s=10.0)
     return {"consumption": asdict(worker.consumption.write(trained_on))}
