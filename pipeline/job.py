@@ -343,6 +343,7 @@ def _train(
             train,
             plan,
             workers=job.train.workers,
+            sizes=job.train.sizes,
             config=job.cluster,
             name=run.key,
             max_failures=job.train.max_failures,
