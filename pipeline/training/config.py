@@ -199,7 +199,8 @@ class TrainBlock(Course):
 
     min_workers: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="with so few the run goes on when nodes are lost, and it grows again when they are back: the batch, its order and its negatives stay what they are; null: always all of them",
+        description="with so few the run goes on when nodes are lost, and grows again when they are back; batch, order "
+        "and negatives stay what they are; null: always all of them",
     )
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""A run that loses nodes goes on with fewer workers, and grows when they are back: the same batches, the same losses."""
+"""A run that loses nodes goes on with fewer workers, and grows when they are back: same batches, same losses."""
 
 from __future__ import annotations
 
