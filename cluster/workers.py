@@ -32,6 +32,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.board import Board
 from cluster.config import ClusterConfig
+from cluster.deaths import DeathsInARow
 from cluster.elastic import AdmissibleSizes
 from cluster.errors import WorkerGroupError, WorkersStopped
 from cluster.notice import Leaving, Notice, Reason, ask_to_end, catch_sigterm, current_notice
@@ -81,6 +82,7 @@ def run_workers(
     max_failures: int,
     scratch: Path,
     sizes: Sequence[int] = (),
+    progress: Callable[[], int] | None = None,
     no_retry: tuple[type[BaseException], ...] = (ValueError,),
     stop: threading.Event | None = None,
     patience_s: float = 60.0,
@@ -97,7 +99,9 @@ def run_workers(
         sizes: numbers of workers, ascending and up to ``workers``, with which the group may do when nodes are lost
             (see ``cluster.elastic``); none: always with all.
         name: of the run, for Ray's own logs.
-        max_failures: how many deaths of a process or node are made good.
+        max_failures: how many deaths of a process or node are made good; without getting on in between, where
+            ``progress`` tells how far the function has come.
+        progress: a number that grows as the function gets on, picklable; asked in a process of Ray's.
         scratch: a folder for Ray Train's own notes; nothing in it outlives its use.
         no_retry: exceptions of the function that are raised here with their type and message, the worker's
             traceback as ``__cause__``.
@@ -120,6 +124,7 @@ def run_workers(
     board = Board() if grace_s else None
     trainer = _Trainer(
         sizes,
+        progress,
         _Entry(function, argument, no_retry, board),
         train_loop_config={},
         torch_config=_GroupConfig(),
@@ -223,13 +228,17 @@ class _Trainer(TorchTrainer):
 
     controller: Any = None
 
-    def __init__(self, sizes: Sequence[int], *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, sizes: Sequence[int], progress: Callable[[], int] | None, *arguments: Any, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        self._sizes = sizes
+        self._sizes, self._progress = sizes, progress
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if len(self._sizes) > 1:
             options["scaling_policy"] = AdmissibleSizes(self.scaling_config, self._sizes)
+        if self._progress is not None:
+            options["failure_policy"] = DeathsInARow(self.run_config.failure_config, self._progress)
         return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:

@@ -344,6 +344,7 @@ def _train(
             plan,
             workers=job.train.workers,
             sizes=job.train.sizes,
+            progress=partial(_newest_step, run.storage),
             config=job.cluster,
             name=run.key,
             max_failures=job.train.max_failures,
@@ -353,6 +354,10 @@ def _train(
             grace_s=job.checkpoints.on_stop_s,
         )
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _newest_step(run: Storage) -> int:
+    return max((checkpoint.step for checkpoint in list_checkpoints(run)), default=0)
 
 
 def _say_interrupted(run: RunFolder, console: Console) -> None:

@@ -135,7 +135,7 @@ class Recipe(Block):
         default=0.01, description="share of unreadable samples above which the run stops"
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="restarts after a worker's death"
+        default=3, description="restarts after workers' deaths in a row, without a checkpoint in between"
     )
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
 
