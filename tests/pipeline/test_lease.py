@@ -60,7 +60,13 @@ def run(tmp_path: Path) -> Storage:
 
 def pretend_elsewhere(run: Storage, number: int, **beat: Any) -> None:
     """A lease as another machine's driver leaves it."""
-    record = {"host": "elsewhere", "machine": "another", "pid": 1, "started": 0.0, "since": "2026-01-01T00:00:00"}
+    record = {
+        "host": "elsewhere",
+        "machine": "another",
+        "pid": 1,
+        "started": 0.0,
+        "since": "2026-01-01T00:00:00",
+    }
     run.write_json(f"driver/{number:08d}.json", record)
     run.write_json(f"driver/{number:08d}.alive.json", {"beats": 1, "released": False, **beat})
 
@@ -113,7 +119,10 @@ def test_another_machines_driver_lives_while_its_heart_beats(run: Storage) -> No
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with pytest.raises(UserError, match="is being run by process 1 on elsewhere"), hold(run, silence_s=60):
+        with (
+            pytest.raises(UserError, match="is being run by process 1 on elsewhere"),
+            hold(run, silence_s=60),
+        ):
             pass
     finally:
         over.set()
@@ -156,4 +165,6 @@ def test_a_driver_taken_for_dead_hears_of_it_and_its_workers_write_no_more(
         assert told.wait(60)
         with pytest.raises(RunTakenOver, match="another driver has taken the run over"):
             lease.fence.check()
-    assert not json.loads(run.read_bytes("driver/00000002.alive.json"))["released"], "it was not ours to let go"
+    assert not json.loads(run.read_bytes("driver/00000002.alive.json"))["released"], (
+        "it was not ours to let go"
+    )
