@@ -155,9 +155,9 @@ class Recipe(Block):
             raise ValueError(
                 f"{place}.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
             )
-        if self.zero_stage == 0 and self.precision == "bf16":
+        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise ValueError(
-                f"{place}.precision: bf16 needs {place}.deepspeed.zero_optimization.stage 1, 2 or 3"
+                f"{place}.precision: {self.precision} needs {place}.deepspeed.zero_optimization.stage 1, 2 or 3"
             )
         if self.lanes % self.workers:
             raise ValueError(
