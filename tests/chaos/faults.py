@@ -33,14 +33,17 @@ class Fault:
             ("upload"); while something is evaluated ("evaluation").
         ends: what ends with it and has to start again: the "group" of workers, the "driver" (the test gives the
             command once more), "nothing".
-        may_cost: steps that may have to be done again.
+        may_cost: steps that may have to be done again. After a kill: those since the last committed checkpoint, that is
+            up to an interval, and those that were trained while the next one was on its way.
+        spoils: whether the newest checkpoint is lost too.
     """
 
     name: str
     inflict: Callable[[Job, Any], None]
     during: str = "training"
     ends: str = "group"
-    may_cost: int = EVERY
+    may_cost: int = 2 * EVERY
+    spoils: bool = False
 
 
 def _kill_worker(job: Job, draw: Any) -> None:
@@ -136,8 +139,14 @@ SHORT = (
     Fault("kill -9 of the S3 server", _kill_s3, ends="nothing", may_cost=0),
     Fault("SIGTERM to the driver", _terminate_driver, ends="driver", may_cost=1),
     Fault("kill -9 of a raylet", _kill_raylet),
-    Fault("kill -9 of the driver, newest checkpoint damaged", _spoil_checkpoint, ends="driver", may_cost=2 * EVERY),
-)  # fmt: skip
+    Fault(
+        "kill -9 of the driver, newest checkpoint damaged",
+        _spoil_checkpoint,
+        ends="driver",
+        may_cost=3 * EVERY,
+        spoils=True,
+    ),
+)
 
 #: And at other moments.
 LONG = (

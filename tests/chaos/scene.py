@@ -114,9 +114,15 @@ class Job:
 
     def uploading(self) -> bool:
         """Whether a new checkpoint is on its way: files of it are in the storage, its commit record is not."""
-        files = [file.path.split("/")[1:] for file in self.run.list("checkpoints")]
-        committed = {folder for folder, *name in files if name == ["commit.json"]}
-        return max((folder for folder, *_ in files), default="") > max(committed, default="")
+        steps: dict[str, set[int]] = {"committed": {0}, "begun": {0}}  # a step's folder ends with a token
+        for file in self.run.list("checkpoints"):
+            _, folder, name = file.path.split("/", 2)
+            steps["committed" if name == "commit.json" else "begun"].add(int(folder.split("-")[1]))
+        return max(steps["begun"]) > max(steps["committed"])
+
+    def newest(self) -> int:
+        """The step of the newest committed checkpoint; 0 where there is none."""
+        return max((one.step for one in list_checkpoints(self.run)), default=0)
 
     def evaluating(self) -> bool:
         """Whether an evaluation has begun that has not ended."""
