@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cluster.notice import Leaving, Reason
 from cluster.workers import WorkerContext
-from pipeline.training.checkpoints import CheckpointWriter
+from pipeline.training.checkpoints.writer import CheckpointWriter
 
 
 class Preemption:
