@@ -25,6 +25,8 @@ from tests.pipeline.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
+RIVAL = "rival"  # log of a second command for the undisturbed run
+
 
 @pytest.fixture(scope="module")
 def site(
@@ -54,7 +56,11 @@ def faults(request: pytest.FixtureRequest) -> tuple[Fault, ...]:
 @pytest.fixture(scope="module")
 def undisturbed(site: Site, faults: tuple[Fault, ...]) -> Job:
     job = site.job("undisturbed", steps_for(faults))
-    job.start().succeed()
+    command = job.start()
+    job.wait_until(lambda: job.step >= 1)
+    rival = Command("run", str(job.file), log=job.file.with_name(RIVAL), environment=job.environment)
+    assert rival.wait() == 2, rival.output
+    command.succeed()
     return job
 
 
@@ -74,6 +80,12 @@ def test_an_undisturbed_run_trains_every_step_once_learns_and_is_proven(site: Si
     assert [epoch["epoch"] for epoch in emoji] == list(range(len(emoji)))
     assert all(epoch["complete"] and epoch["trained"] == 40 for epoch in emoji[:-1])
     assert {stage for epoch in emoji for stage in epoch["stages"]} == {"images", "mixed"}
+
+
+def test_a_second_driver_of_the_same_run_was_refused(undisturbed: Job) -> None:
+    told = " ".join(undisturbed.file.with_name(RIVAL).read_text().split())
+    assert f"{undisturbed.run.url} is being run by process " in told
+    assert "Traceback" not in told
 
 
 def test_mlflow_ranks_the_checkpoints_and_knows_no_secret(site: Site, undisturbed: Job) -> None:
