@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
 from typing import Any
@@ -38,9 +39,14 @@ class Leaving(Exception):
 
 
 class Notice:
-    """What a worker was told so far."""
+    """What a worker was told so far.
 
-    def __init__(self) -> None:
+    Args:
+        drained: says whether its node is drained.
+    """
+
+    def __init__(self, drained: Callable[[], bool] = lambda: False) -> None:
+        self._drained = drained
         self._attended = False
         self._told = Reason.NONE
         self._over = threading.Event()
@@ -57,7 +63,7 @@ class Notice:
     @property
     def reason(self) -> Reason:
         """The reason to leave, if there is one by now."""
-        return max(self._told, Reason.MACHINE if _node_is_drained() else Reason.NONE)
+        return max(self._told, Reason.MACHINE if self._drained() else Reason.NONE)
 
     def tell(self, reason: Reason) -> None:
         """Set the flag; may be called from a signal handler."""
@@ -77,9 +83,6 @@ class Notice:
         """The function has ended: nobody looks any more."""
         self._attended = False
         self._over.set()
-
-
-_notice = Notice()  # of this process, which is one worker
 
 
 def current_notice() -> Notice:
@@ -122,3 +125,6 @@ def _node_is_drained() -> bool:
 
     context: Any = get_train_context()
     return context.preemption_context.preemption_info is not None
+
+
+_notice = Notice(_node_is_drained)  # of this process, which is one worker

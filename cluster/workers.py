@@ -249,8 +249,8 @@ class _Trainer(TorchTrainer):
         import ray
 
         try:
-            ray.get(self.controller.get_result.remote())
-        except ValueError:  # Ray's way to say "not yet"
+            ray.get(self.controller.get_result.remote(), timeout=_POLL_S)
+        except (ValueError, ray.exceptions.GetTimeoutError):  # Ray's way to say "not yet", or a busy machine
             return False
         except ray.exceptions.RayError:
             return True

@@ -165,7 +165,7 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     worker.preemption.agree()
-    worker.preemption.leave()
+    worker.preemption.leave(worker.checkpoints)
     for step in range(first + start, first + stage.steps):
         worker.checkpoints.check()
         record = _train_step(worker, stage, step, batches)
@@ -179,7 +179,7 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         if worker.preemption.agree() or due:
             _checkpoint(worker, index, done, stage_end=last, interim=not due)
         if done < plan.course.total_steps:
-            worker.preemption.leave()
+            worker.preemption.leave(worker.checkpoints)
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:

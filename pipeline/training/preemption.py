@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cluster.notice import Leaving, Reason
 from cluster.workers import WorkerContext
+from pipeline.training.checkpoints.writer import CheckpointWriter
 
 
 class Preemption:
@@ -34,11 +35,14 @@ class Preemption:
         self.agreed = Reason(int(reason))
         return self.agreed is not Reason.NONE
 
-    def leave(self) -> None:
-        """Leave if that was agreed on.
+    def leave(self, checkpoints: CheckpointWriter) -> None:
+        """Leave if that was agreed on, once the checkpoint under way is committed. Collective.
 
         Raises:
-            Leaving: on all workers alike; the checkpoint must be committed.
+            Leaving: on all workers alike.
         """
-        if self.agreed is not Reason.NONE:
-            raise Leaving(self.agreed)
+        if self.agreed is Reason.NONE:
+            return
+        checkpoints.wait()
+        dist.barrier()  # who leaves first takes the others with him: worker 0 must have committed
+        raise Leaving(self.agreed)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,14 +33,17 @@ class Fault:
             ("upload"); while something is evaluated ("evaluation").
         ends: what ends with it and has to start again: the "group" of workers, the "driver" (the test gives the
             command once more), "nothing".
-        may_cost: steps that may have to be done again.
+        may_cost: steps that may have to be done again. After a kill: those since the last committed checkpoint, that is
+            up to an interval, and those that were trained while the next one was on its way.
+        spoils: whether the newest checkpoint is lost too.
     """
 
     name: str
     inflict: Callable[[Job, Any], None]
     during: str = "training"
     ends: str = "group"
-    may_cost: int = EVERY
+    may_cost: int = 2 * EVERY
+    spoils: bool = False
 
 
 def _kill_worker(job: Job, draw: Any) -> None:
@@ -47,12 +54,30 @@ def _kill_loader(job: Job, draw: Any) -> None:
     send(one_of([child for worker in processes(WORKER) for child in loader_processes(worker)], draw))
 
 
-def _kill_raylet(job: Job, draw: Any) -> None:
-    """One with a worker on it, and not the driver's; another takes its place."""
+def _raylet(draw: Any) -> psutil.Process:
+    """One with a training worker on it that is not the driver's."""
     raylets = [
-        one for one in processes("raylet/raylet") if "--node_ip_address=127.0.0.1" not in one.cmdline()
+        one
+        for one in processes("raylet/raylet")
+        if "--node_ip_address=127.0.0.1" not in one.cmdline() and {*one.children()} & {*processes(WORKER)}
     ]
-    send(one_of(raylets, draw))
+    return one_of(raylets, draw)
+
+
+def _kill_raylet(job: Job, draw: Any) -> None:
+    """Another takes its place."""
+    send(_raylet(draw))
+    job.site.cluster.add_raylet()
+
+
+def _drain_node(job: Job, draw: Any) -> None:
+    """As the autoscaler, or a node that is sent SIGTERM, tells Ray that the machine will be taken back."""
+    [node] = [one.partition("=")[2] for one in _raylet(draw).cmdline() if one.startswith("--node_id=")]
+    ray = Path(sys.executable).with_name("ray")
+    command = [str(ray), "drain-node", "--address", job.site.cluster.gcs, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+    command += ["--deadline-remaining-seconds", "600"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **job.environment})
     job.site.cluster.add_raylet()
 
 
@@ -63,6 +88,7 @@ def _kill_driver(job: Job, draw: Any) -> None:
 
 def _spoil_checkpoint(job: Job, draw: Any) -> None:
     """Kill the driver, and change one byte of what the newest checkpoint would be gone on from."""
+    job.wait_until(lambda: bool(list_checkpoints(job.run)))
     workers = processes(WORKER)
     _kill_driver(job, draw)
     _, alive = psutil.wait_procs(workers, timeout=120)  # they might still commit one more
@@ -113,12 +139,19 @@ SHORT = (
     Fault("kill -9 of the S3 server", _kill_s3, ends="nothing", may_cost=0),
     Fault("SIGTERM to the driver", _terminate_driver, ends="driver", may_cost=1),
     Fault("kill -9 of a raylet", _kill_raylet),
-    Fault("kill -9 of the driver, newest checkpoint damaged", _spoil_checkpoint, ends="driver", may_cost=2 * EVERY),
-)  # fmt: skip
+    Fault(
+        "kill -9 of the driver, newest checkpoint damaged",
+        _spoil_checkpoint,
+        ends="driver",
+        may_cost=3 * EVERY,
+        spoils=True,
+    ),
+)
 
 #: And at other moments.
 LONG = (
     *SHORT,
+    Fault("a node is drained", _drain_node, may_cost=1),
     Fault("kill -9 of a worker", _kill_worker),
     Fault("kill -9 of the driver", _kill_driver, ends="driver"),
     Fault("kill -9 of the driver during a checkpoint's upload", _kill_driver, "upload", "driver"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 
 from pipeline.evaluation.ledger import Ledger
 from pipeline.runs import read_record
@@ -25,14 +26,14 @@ from tests.fixtures.ray_cluster import RayCluster
 from tests.fixtures.s3 import S3Server
 from tests.pipeline.mlflow_server import MlflowServer
 
-EVERY = 8  # steps between two checkpoints
+EVERY = 6  # steps between two checkpoints
 #: Metrics that are functions of weights and data; those of time and memory are not.
 _TIMELESS = ("loss/", "train/", "learning_rate/", "data/")
 
 
 @dataclass
 class Site:
-    """The servers and the cluster, shared by all jobs of a round."""
+    """The servers and the cluster, shared by all jobs. The S3 server's credentials are in the environment."""
 
     folder: Path
     raw: Path
@@ -44,11 +45,9 @@ class Site:
     def __post_init__(self) -> None:
         self.url = self.s3.fresh("jobs")
 
-    def job(self, name: str, steps: int, *, on_cluster: bool = True) -> Job:
+    def job(self, name: str, steps: int) -> Job:
         """A job of ``steps`` steps; all of the site share their shards."""
         tree = tiny_job(self.raw, self.url, name=name)
-        access = {"access_key": self.s3.access_key, "secret_key": self.s3.secret_key}
-        tree["storage"] |= access | {"endpoint_url": self.s3.endpoint_url}
         tree["train"] |= {"loader_processes": 1, "max_failures": 1000, "cache_mb": 64}
         first, second = tree["train"]["stages"]
         first |= {"steps": steps // 2, "checkpoint_every": EVERY}
@@ -58,7 +57,7 @@ class Site:
         folder = self.folder / name
         folder.mkdir()
         environment = {**self.cluster.environment, "RAY_ADDRESS": self.cluster.gcs}
-        return Job(name, write_job(folder / "job.yaml", tree), self, steps, environment if on_cluster else {})
+        return Job(name, write_job(folder / "job.yaml", tree), self, steps, environment)
 
 
 @dataclass
@@ -115,9 +114,15 @@ class Job:
 
     def uploading(self) -> bool:
         """Whether a new checkpoint is on its way: files of it are in the storage, its commit record is not."""
-        files = [file.path.split("/")[1:] for file in self.run.list("checkpoints")]
-        committed = {folder for folder, *name in files if name == ["commit.json"]}
-        return max((folder for folder, *_ in files), default="") > max(committed, default="")
+        steps: dict[str, set[int]] = {"committed": {0}, "begun": {0}}  # a step's folder ends with a token
+        for file in self.run.list("checkpoints"):
+            _, folder, name = file.path.split("/", 2)
+            steps["committed" if name == "commit.json" else "begun"].add(int(folder.split("-")[1]))
+        return max(steps["begun"]) > max(steps["committed"])
+
+    def newest(self) -> int:
+        """The step of the newest committed checkpoint; 0 where there is none."""
+        return max((one.step for one in list_checkpoints(self.run)), default=0)
 
     def evaluating(self) -> bool:
         """Whether an evaluation has begun that has not ended."""
@@ -157,8 +162,16 @@ class Job:
         assert all(outcome.cause is None for outcome in outcomes), [outcome.cause for outcome in outcomes]
         return {(outcome.step, outcome.task): dict(outcome.metrics) for outcome in outcomes}
 
+    def models(self) -> list[LoggedModel]:
+        """The checkpoints as MLflow shows them, the best by R@10 first."""
+        client = MlflowClient(tracking_uri=self.site.mlflow.uri)
+        order = [{"field_name": "metrics.held-out/t2i_R10", "ascending": False}]
+        experiment = client.get_experiment_by_name("tests")
+        found = client.search_logged_models([experiment.experiment_id], order_by=order, max_results=1000)
+        return [model for model in found if model.source_run_id == self.run_id()]
+
     def finished_runs(self) -> int:
-        """How many runs in MLflow bear the job's name and are finished."""
+        """How many runs in MLflow bear the job's name; all are finished."""
         client = MlflowClient(tracking_uri=self.site.mlflow.uri)
         experiment = client.get_experiment_by_name("tests")
         found = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{self.name}'")

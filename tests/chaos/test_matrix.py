@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from pipeline.training.verify_epoch import verify_epoch
@@ -19,23 +20,30 @@ from tests.chaos.faults import LONG, SHORT, Fault
 from tests.chaos.matrix import Matrix, disturb, steps_for
 from tests.chaos.scene import EVERY, Job, Site
 from tests.end_to_end.command import Command
-from tests.fixtures.ray_cluster import RayCluster
 from tests.fixtures.s3 import running_s3_server
 from tests.pipeline.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
+RIVAL = "rival"  # log of a second command for the undisturbed run
+
 
 @pytest.fixture(scope="module")
 def site(
-    ray_cluster: RayCluster, raw_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, raw_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("chaos")
     mlflow = MlflowServer(folder)
     mlflow.start()
     try:
-        with running_s3_server() as s3:  # one of our own: it will be killed
-            yield Site(folder, raw_corpus, s3, mlflow, ray_cluster)
+        with (
+            running_s3_server() as s3,
+            pytest.MonkeyPatch.context() as patch,
+        ):  # one of our own: it will be killed
+            for name, value in s3.environment.items():
+                patch.setenv(name, value)
+            # Started now, as its workers inherit the environment.
+            yield Site(folder, raw_corpus, s3, mlflow, request.getfixturevalue("ray_cluster"))
     finally:
         mlflow.kill()
 
@@ -48,12 +56,12 @@ def faults(request: pytest.FixtureRequest) -> tuple[Fault, ...]:
 @pytest.fixture(scope="module")
 def undisturbed(site: Site, faults: tuple[Fault, ...]) -> Job:
     job = site.job("undisturbed", steps_for(faults))
-    job.start().succeed()
+    command = job.start()
+    job.wait_until(lambda: job.step >= 1)
+    rival = Command("run", str(job.file), log=job.file.with_name(RIVAL), environment=job.environment)
+    assert rival.wait() == 2, rival.output
+    command.succeed()
     return job
-
-
-def environment(site: Site, job: Job) -> dict[str, str]:
-    return {**job.environment, **site.s3.environment}
 
 
 def test_an_undisturbed_run_trains_every_step_once_learns_and_is_proven(site: Site, undisturbed: Job) -> None:
@@ -64,10 +72,7 @@ def test_an_undisturbed_run_trains_every_step_once_learns_and_is_proven(site: Si
     assert sum(losses[step] for step in last) < sum(losses[step] for step in first)  # fewer objectives
 
     log = undisturbed.file.with_name("proof")
-    proof_command = Command(
-        *("verify-epoch", undisturbed.run.url, "--json"), log=log, environment=environment(site, undisturbed)
-    )
-    output = proof_command.succeed()
+    output = Command("verify-epoch", undisturbed.run.url, "--json", log=log).succeed()
     proof = json.loads(output[output.index("{") :])  # progress, on the other stream, came before
     parts = len(undisturbed.checkpoints())
     assert (proof["proven"], proof["steps"], proof["parts"]) == (steps, steps, parts)
@@ -77,6 +82,26 @@ def test_an_undisturbed_run_trains_every_step_once_learns_and_is_proven(site: Si
     assert {stage for epoch in emoji for stage in epoch["stages"]} == {"images", "mixed"}
 
 
+def test_a_second_driver_of_the_same_run_was_refused(undisturbed: Job) -> None:
+    told = " ".join(undisturbed.file.with_name(RIVAL).read_text().split())
+    assert f"{undisturbed.run.url} is being run by process " in told
+    assert "Traceback" not in told
+
+
+def test_mlflow_ranks_the_checkpoints_and_knows_no_secret(site: Site, undisturbed: Job) -> None:
+    models = undisturbed.models()
+    assert sorted(int(model.tags["step"]) for model in models) == sorted(undisturbed.weights())
+    values = [next(m.value for m in model.metrics if m.key == "held-out/t2i_R10") for model in models]
+    assert values == sorted(values, reverse=True)
+    parent = MlflowClient(tracking_uri=site.mlflow.uri).get_run(undisturbed.run_id())
+    shown = [
+        *parent.data.params.values(),
+        *parent.data.tags.values(),
+        undisturbed.file.with_name("log-1").read_text(),
+    ]
+    assert not any(site.s3.secret_key in text for text in shown)
+
+
 def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(
     site: Site, undisturbed: Job
 ) -> None:
@@ -84,7 +109,7 @@ def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(
     changed = Command(
         *("run", str(undisturbed.file), "--set", "train.learning_rate=0.5"),
         log=undisturbed.file.with_name("changed"),
-        environment=environment(site, undisturbed),
+        environment=undisturbed.environment,
     )
     assert changed.wait() == 2
     assert "train.learning_rate was 0.001, now 0.5" in changed.output
@@ -96,10 +121,7 @@ def test_a_run_that_suffers_every_fault_equals_the_undisturbed_one(
     faults: tuple[Fault, ...],
     matrix: Matrix,
     request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in site.s3.environment.items():
-        monkeypatch.setenv(name, value)  # the ledger is verified by the run's address alone
     rounds = int(request.config.getoption("--chaos-rounds"))
     for number in range(max(1, rounds)):
         draw = generator(derive_seed(int(request.config.getoption("--chaos-seed")), "kill-matrix", number))
@@ -129,4 +151,5 @@ def assert_equal(job: Job, undisturbed: Job) -> None:
     )
     assert mine == reference
     assert job.evaluations() == undisturbed.evaluations()
+    assert {int(model.tags["step"]) for model in job.models()} == set(expected)
     assert job.finished_runs() == 1
