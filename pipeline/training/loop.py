@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,18 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.lease import Fence
 from pipeline.tracking import MetricLogger, TrackingConfig
-from pipeline.training.checkpoints import (
-    Checkpoint,
-    delete_checkpoint,
-    list_checkpoints,
-    resume,
-    save_checkpoint,
-)
+from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
+from pipeline.training.checkpoints.resuming import resume
+from pipeline.training.checkpoints.writer import CheckpointWriter
 from pipeline.training.config import Course, Stage
-from pipeline.training.consumption import ConsumptionRecorder, PartReference
+from pipeline.training.consumption import ConsumptionRecorder, PartReference, StepRecord
 from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
+from pipeline.training.preemption import Preemption
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from sharding.storage import Storage
 
@@ -57,6 +56,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        fence: keeps workers that outlived their driver from writing beside those of the next one.
     """
 
     subject: Subject
@@ -70,6 +70,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    fence: Fence | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -90,6 +91,8 @@ class _Worker:
     metrics: MetricLogger | None
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
+    checkpoints: CheckpointWriter
+    preemption: Preemption
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -99,15 +102,16 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, BadDataLimit: see ``health``.
+        Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
-    course = plan.course
+    course = plan.course.resized(context.world_size)  # an elastic group has not always all its workers
+    plan = replace(plan, course=course)
     started = time.monotonic()
+    preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
-    newest = resume(
-        engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn, place=course.PLACE
-    )
+    newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
@@ -119,7 +123,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
-    with closing(metrics) if metrics else nullcontext():
+    checkpoints = CheckpointWriter(plan.run, context, plan.scratch, committed=partial(_tidy, plan))
+    with closing(metrics) if metrics else nullcontext(), closing(checkpoints):
         worker = _Worker(
             plan=plan,
             context=context,
@@ -129,6 +134,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
             consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            checkpoints=checkpoints,
+            preemption=preemption,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -146,7 +153,6 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
     """
     return {
         "seed": plan.seed,
-        "zero_stage": plan.course.zero_stage,
         "precision": plan.course.precision,
         "shards": {name: data.shards_digest for name, data in learner.data.items()},
         **learner.identity(),
@@ -158,7 +164,10 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     plan = worker.plan
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
+    worker.preemption.agree()
+    worker.preemption.leave(worker.checkpoints)
     for step in range(first + start, first + stage.steps):
+        worker.checkpoints.check()
         record = _train_step(worker, stage, step, batches)
         done = step + 1
         if worker.metrics is not None:
@@ -166,8 +175,11 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
-        if last or (done - first) % every == 0:
-            _checkpoint(worker, index, done, stage_end=last)
+        due = last or (done - first) % every == 0
+        if worker.preemption.agree() or due:
+            _checkpoint(worker, index, done, stage_end=last, interim=not due)
+        if done < plan.course.total_steps:
+            worker.preemption.leave(worker.checkpoints)
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -231,6 +243,9 @@ def _record(
     if worker.context.device.type == "cuda":
         record["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     record["data/bad_samples"] = float(worker.guard.causes.total())
+    background = worker.checkpoints.seconds()
+    if background is not None:
+        record["time/checkpoint_background_s"] = background
     for name, seconds in worker.seconds.items():
         record[f"time/{name}_s"] = seconds
     worker.seconds.clear()
@@ -244,34 +259,45 @@ def _rates(worker: _Worker) -> dict[str, float]:
     return {name.removesuffix("_no_decay"): peak for name, peak in zip(names, worker.peaks, strict=True)}
 
 
-def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool) -> None:
-    """Save and commit. Collective."""
+def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool, interim: bool) -> None:
+    """Take a snapshot, to be written and committed in the background. Collective.
+
+    ``interim``: on leaving, at a step at which none was due.
+    """
     began = time.monotonic()
     plan, learner = worker.plan, worker.learner
-    if worker.metrics is not None:
-        # Steps before a checkpoint are never computed again: their metrics must be safe before it exists.
-        worker.metrics.flush(timeout_s=10.0)
-    consumed = worker.consumption.write(worker.context)  # safe before the commit record that vouches for it
-    saved: Checkpoint = save_checkpoint(
+    trained_on = worker.consumption.take(worker.context)
+    worker.checkpoints.save(
         worker.engine,
-        plan.run,
-        worker.context,
-        plan.scratch,
         step=step,
         stage=stage_index,
         details={
             **_identity(plan, learner),
             **learner.details(),
-            "consumption": asdict(consumed),
+            "zero_stage": plan.course.zero_stage,
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
+            "interim": interim,
             "bad_samples": dict(worker.guard.causes),
             "tracking_key": plan.tracking_key,
         },
+        before_commit=partial(_settle, worker, trained_on),
     )
     worker.seconds["checkpoint"] = time.monotonic() - began
-    if worker.context.rank == 0:
-        logger.info("checkpoint of step %d committed (%s)", step, saved.digest[:12])
-        if plan.keep_last is not None:
-            for old in list_checkpoints(plan.run)[: -plan.keep_last]:
-                delete_checkpoint(plan.run, old)
+
+
+def _settle(worker: _Worker, trained_on: list[StepRecord]) -> dict[str, Any]:
+    """On worker 0 before a commit: steps before a checkpoint are never computed again, so that what is known of
+    them must be safe before it exists."""
+    if worker.plan.fence is not None:
+        worker.plan.fence.check()
+    if worker.metrics is not None:
+        worker.metrics.flush(timeout_s=10.0)
+    return {"consumption": asdict(worker.consumption.write(trained_on))}
+
+
+def _tidy(plan: TrainingPlan, saved: Checkpoint) -> None:
+    """On worker 0 after a commit."""
+    if plan.keep_last is not None:
+        for old in list_checkpoints(plan.run)[: -plan.keep_last]:
+            delete_checkpoint(plan.run, old)
