@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 import tarfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+
+from xxhash import xxh3_64_intdigest
 
 from sharding.errors import BadData, StorageFault
 from sharding.index import IndexRow, write_index
@@ -129,9 +130,9 @@ class ShardWriter:
             text_size=len(members["txt"]),
             json_offset=offsets["json"],
             json_size=len(members["json"]),
-            crc32=zlib.crc32(media.data),
-            text_crc32=zlib.crc32(members["txt"]),
-            json_crc32=zlib.crc32(members["json"]),
+            xxh3=xxh3_64_intdigest(media.data),
+            text_xxh3=xxh3_64_intdigest(members["txt"]),
+            json_xxh3=xxh3_64_intdigest(members["json"]),
             width=info.width,
             height=info.height,
             frames=info.frames,
