@@ -61,6 +61,11 @@ class Command:
             assert time.monotonic() < deadline, f"took too long:\n{self.output[-6000:]}"
             time.sleep(0.05)
 
+    def left_over(self) -> list[psutil.Process]:
+        """Processes of its session that live on after it ended (some take a moment to)."""
+        own = [process for process in psutil.process_iter() if _session_of(process) == self.process.pid]
+        return psutil.wait_procs(own, timeout=10)[1]
+
     def training_workers(self) -> list[psutil.Process]:
         """The processes of the training's workers."""
         found = []
@@ -76,6 +81,13 @@ class Command:
         """SIGKILL to the driver alone, as when somebody closes the wrong machine."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def committed(run: Storage) -> list[Checkpoint]:
