@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fixtures.ray_cluster import RayCluster
-
 ROOT = Path(__file__).parents[2]
 
 REFUSALS = """
@@ -61,19 +59,9 @@ with session(config, workers=1):
     run_workers(hang, folder, workers=1, config=config, name="h", max_failures=0, scratch=Path(folder))
 """
 
-CONNECTED = """
-import sys, ray
-from cluster.config import ClusterConfig
-from cluster.session import session
-with session(ClusterConfig(address=sys.argv[1], evaluations=2), workers=4):
-    print("NODES", len(ray.nodes()))
-"""
 
-
-def _start(code: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    clean = {
-        name: value for name, value in (environment or os.environ).items() if not name.startswith("RAY_")
-    }
+def _start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -158,12 +146,3 @@ def test_kill_9_of_the_driver_leaves_no_trainer_running(tmp_path: Path) -> None:
         assert alive == []
     for agent in agents:
         agent.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.server
-def test_a_driver_joins_a_running_cluster(ray_cluster: RayCluster) -> None:
-    output = _start(CONNECTED, ray_cluster.gcs, environment=ray_cluster.environment).communicate(timeout=120)[
-        0
-    ]
-    assert "NODES 2" in output, output
