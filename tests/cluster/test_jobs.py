@@ -117,6 +117,6 @@ def test_a_driver_joins_a_running_cluster(ray_cluster: RayCluster) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert "NODES 2" in done.stdout, done.stdout

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import job as job_module
-from pipeline.cli import main
 from tests.end_to_end.command import Command
+from tests.end_to_end.conftest import Glscl
 from tests.fixtures.jobs import tiny_job, write_job
 from tests.fixtures.s3 import S3Server
-
-Glscl = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -25,26 +22,14 @@ def tree(raw_corpus: Path, tmp_path: Path) -> dict[str, Any]:
     return tiny_job(raw_corpus, tmp_path / "storage")
 
 
-@pytest.fixture
-def glscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Glscl]:
-    """``glscl`` in this process, until Ray would start: (exit code, what it printed)."""
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; two tests start one of their own."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("Ray was to start")
 
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["glscl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out + captured.err
-
     monkeypatch.setattr(job_module, "session", refuse)
-    rooms = [logging.getLogger(room) for room in ("pipeline", "sharding", "cluster", "model")]
-    levels = [room.level for room in rooms]
-    yield call
-    for room, level in zip(rooms, levels, strict=True):
-        room.setLevel(level)
 
 
 @pytest.fixture
