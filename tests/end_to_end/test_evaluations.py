@@ -50,7 +50,7 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
 ) -> None:
     tree = prepared_job(tmp_path) | {"name": "falls"}
     tree["train"]["workers"] = 1
-    tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 40}
+    tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
     file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
     command = Command("run", str(file), log=tmp_path / "first")
