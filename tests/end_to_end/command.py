@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.training.checkpoints import Checkpoint, list_checkpoints
 from sharding.storage import Storage
+from tests.fixtures.processes import session_members
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 1200.0  # only so that a hang ends
@@ -63,8 +64,7 @@ class Command:
 
     def left_over(self) -> list[psutil.Process]:
         """Processes of its session that live on after it ended (some take a moment to)."""
-        own = [process for process in psutil.process_iter() if _session_of(process) == self.process.pid]
-        return psutil.wait_procs(own, timeout=10)[1]
+        return psutil.wait_procs(session_members(self.process.pid), timeout=60)[1]
 
     def training_workers(self) -> list[psutil.Process]:
         """The processes of the training's workers."""
@@ -81,13 +81,6 @@ class Command:
         """SIGKILL to the driver alone, as when somebody closes the wrong machine."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def _session_of(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except ProcessLookupError:
-        return None
 
 
 def committed(run: Storage) -> list[Checkpoint]:
