@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from cluster.board import Board
 from cluster.config import ClusterConfig
@@ -224,7 +225,8 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up)."""
+    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up), and
+    there is no process for Ray Data, which no worker here reads from."""
 
     controller: Any = None
 
@@ -240,6 +242,13 @@ class _Trainer(TorchTrainer):
         if self._progress is not None:
             options["failure_policy"] = DeathsInARow(self.run_config.failure_config, self._progress)
         return super()._initialize_and_run_controller(**options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
