@@ -412,7 +412,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
-    from pipeline.errors import NonFiniteLoss, Regressed
+    from pipeline.errors import Regressed, Unhealthy
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -429,7 +429,7 @@ def main() -> None:
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
     except (
-        *(BadData, BadDataLimit, NonFiniteLoss, Regressed, StorageFault, TaskFailed, WorkerGroupError),
+        *(BadData, BadDataLimit, Regressed, StorageFault, TaskFailed, Unhealthy, WorkerGroupError),
     ) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from cluster.errors import WorkersStopped
 from cluster.session import session
 from cluster.workers import run_workers
 from pipeline.config import JobConfig, did_you_mean
-from pipeline.errors import NonFiniteLoss, Regressed
+from pipeline.errors import Regressed, Unhealthy
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
@@ -286,7 +286,7 @@ def _dispatcher(
         retry_failed=retry_failed,
         only=only,
         every_checkpoint=every_checkpoint,
-        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets)),
+        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets, job.health)),
     )
 
 
@@ -318,6 +318,7 @@ def _train(
         tracking_run=tracker.run_id,
         scratch=scratch,
         board=board,
+        health=job.health,
     )
     with (
         show_progress(console, f"training {job.name}", total) as task,
@@ -331,7 +332,7 @@ def _train(
             name=run.key,
             max_failures=job.train.max_failures,
             scratch=scratch / "ray",
-            no_retry=(ValueError, NonFiniteLoss, BadDataLimit, StorageFault),
+            no_retry=(ValueError, Unhealthy, BadDataLimit, StorageFault),
             stop=results.stop,
         )
     shutil.rmtree(scratch, ignore_errors=True)

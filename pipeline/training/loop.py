@@ -8,10 +8,12 @@ trained is the learner's to know (``learner``): pre-training, or the fine-tuning
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,13 @@ from pipeline.training.checkpoints import (
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import ConsumptionRecorder, PartReference
 from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
-from pipeline.training.health import BadSampleGuard
+from pipeline.training.health.config import HealthBlock
+from pipeline.training.health.memory import explained
+from pipeline.training.health.monitor import Monitor
+from pipeline.training.health.phases import Phases
+from pipeline.training.health.samples import BadSampleGuard
+from pipeline.training.health.watchdog import watched
+from pipeline.training.health.windows import again_after_rollback
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
@@ -57,6 +65,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        health: what is done when something goes wrong.
     """
 
     subject: Subject
@@ -70,6 +79,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    health: HealthBlock = field(default_factory=HealthBlock)
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -90,6 +100,8 @@ class _Worker:
     metrics: MetricLogger | None
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
+    health: Monitor
+    phases: Phases
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -98,10 +110,17 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
 
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
-        NonFiniteLoss, BadDataLimit: see ``health``.
+        NonFiniteLoss, LossSpike, BadDataLimit, OutOfMemory: see ``health``.
     """
+    with explained(plan.course, context), watched(plan, context) as phases:
+        again_after_rollback(partial(_attempt, context, plan, phases))
+
+
+def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None:
+    """From the newest checkpoint to the end."""
     course = plan.course
     started = time.monotonic()
+    phases.start()
     learner = plan.subject.learner(context, plan.scratch)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
@@ -119,6 +138,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
+    consumption = ConsumptionRecorder(plan.run, identity["shards"], consumed)
+    judged = newest.record["health"] if newest else None
     with closing(metrics) if metrics else nullcontext():
         worker = _Worker(
             plan=plan,
@@ -128,7 +149,11 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             peaks=peaks,
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
-            consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            consumption=consumption,
+            health=Monitor(
+                plan.health, course, engine, context, plan.run, consumption, judged, warn=plan.warn
+            ),
+            phases=phases,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -159,15 +184,20 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     for step in range(first + start, first + stage.steps):
-        record = _train_step(worker, stage, step, batches)
         done = step + 1
+        worker.phases.step(done, long=step == first + start)
+        if worker.health.leaves_out(done):
+            record = _leave_out(worker, step, batches)
+        else:
+            record = _train_step(worker, stage, step, batches)
         if worker.metrics is not None:
             worker.metrics.log(done, record)
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
         if last or (done - first) % every == 0:
-            _checkpoint(worker, index, done, stage_end=last)
+            with worker.phases.phase("checkpoint"):
+                _checkpoint(worker, index, done, stage_end=last)
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -192,18 +222,41 @@ def _train_step(
     totals: dict[str, float] = {}
     scale = learning_rate_scale(step, course.total_steps, course.schedule)
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
+    worker.health.begin()
     for number in range(course.accumulation):
-        batch, seconds = next(batches)
+        with worker.phases.phase("data"):
+            batch, seconds = next(batches)
         waited += seconds
         worker.consumption.add(step + 1, batch)
+        worker.health.saw(batch, seconds)
         batch = batch.to(context.device)
-        found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
+        with worker.phases.phase("forward and backward"):
+            found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
-        optimizer_step(engine, course)
+        if number + 1 < course.accumulation:
+            optimizer_step(
+                engine, course
+            )  # counts the part; the last one's is made once the whole step is judged
         samples += len(batch.keys) * context.world_size
         for name, value in {**found.losses, **found.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(value) / course.accumulation
+    weights = worker.learner.weights(stage)
+    with worker.phases.phase("optimizer"):
+        totals |= worker.health.finish(
+            step + 1, stage.name, {name: totals[name] for name in weights}, weights
+        )
     return _record(worker, stage, totals, scale, samples, began, waited)
+
+
+def _leave_out(
+    worker: _Worker, step: int, batches: Iterator[tuple[TrainingBatch, float]]
+) -> dict[str, float]:
+    """A step that a rollback left out: its batches are drawn and noted, and that is all."""
+    for _ in range(worker.plan.course.accumulation):
+        with worker.phases.phase("data"):
+            batch, _ = next(batches)
+        worker.consumption.add(step + 1, batch)
+    return worker.health.left_out(step + 1)
 
 
 def _record(
@@ -221,7 +274,9 @@ def _record(
     losses = {name: totals[name] for name in weights}
     record = {f"loss/{name}": value for name, value in losses.items()}
     record["loss/total"] = sum(weights[name] * value for name, value in losses.items())
-    record |= {f"train/{name}": value for name, value in totals.items() if name not in losses}
+    record |= {
+        name if "/" in name else f"train/{name}": totals[name] for name in totals.keys() - losses.keys()
+    }
     record |= {f"learning_rate/{name}": peak * scale for name, peak in _rates(worker).items()}
     record["train/gradient_norm"] = gradient_norm(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
@@ -234,7 +289,7 @@ def _record(
     for name, seconds in worker.seconds.items():
         record[f"time/{name}_s"] = seconds
     worker.seconds.clear()
-    return {name: value for name, value in record.items() if value == value}  # MLflow has no place for NaN
+    return {name: value for name, value in record.items() if math.isfinite(value)}  # all that MLflow can show
 
 
 def _rates(worker: _Worker) -> dict[str, float]:
@@ -266,6 +321,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
             "bad_samples": dict(worker.guard.causes),
+            "health": worker.health.state(),
             "tracking_key": plan.tracking_key,
         },
     )
