@@ -20,11 +20,11 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.board import Board
-from cluster.errors import WorkersStopped
+from cluster.errors import WorkerOutOfMemory, WorkersStopped
 from cluster.session import session
 from cluster.workers import run_workers
 from pipeline.config import JobConfig, did_you_mean
-from pipeline.errors import Regressed, Unhealthy
+from pipeline.errors import OutOfMemory, Regressed, Unhealthy
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
@@ -36,6 +36,7 @@ from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.health.memory import advice
 from pipeline.training.loop import TrainingPlan, train
 from pipeline.training.pretraining import PretrainingSubject
 from pipeline.watch import Watch
@@ -324,17 +325,20 @@ def _train(
         show_progress(console, f"training {job.name}", total) as task,
         Watch(job, run.storage, board, tracker, dispatcher, task),
     ):
-        run_workers(
-            train,
-            plan,
-            workers=job.train.workers,
-            config=job.cluster,
-            name=run.key,
-            max_failures=job.train.max_failures,
-            scratch=scratch / "ray",
-            no_retry=(ValueError, Unhealthy, BadDataLimit, StorageFault),
-            stop=results.stop,
-        )
+        try:
+            run_workers(
+                train,
+                plan,
+                workers=job.train.workers,
+                config=job.cluster,
+                name=run.key,
+                max_failures=job.train.max_failures,
+                scratch=scratch / "ray",
+                no_retry=(ValueError, Unhealthy, BadDataLimit, StorageFault),
+                stop=results.stop,
+            )
+        except WorkerOutOfMemory as error:
+            raise OutOfMemory(advice(job.train, f"worker {error.rank}", "host", str(error))) from error
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -229,4 +229,6 @@ def _tail(steps: list[int]) -> int:
 
 
 def _in_words(spike: Spike) -> str:
-    return f"the loss is {spike.loss:.4g}, above {spike.limit:.4g}; the median of the steps before is {spike.median:.4g}"
+    return (
+        f"the loss is {spike.loss:.4g}, above {spike.limit:.4g}; the median before it is {spike.median:.4g}"
+    )
