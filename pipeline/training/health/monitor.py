@@ -19,7 +19,7 @@ from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.events import Event, Kind
 from pipeline.training.health.spikes import Spike, SpikeWindow
 from pipeline.training.health.stragglers import Stragglers
-from pipeline.training.health.updates import drop_update, loss_scale, make_update, settle_loss_scale
+from pipeline.training.health.updates import drop_update, make_update, settle_loss_scale
 from pipeline.training.health.windows import LeftOut, Window
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ class Monitor:
                 self._keep(event, "told", limit=spike.limit, median=spike.median)
                 self._tell(f"step {step}: {_in_words(spike)}; samples of the batch: {event.samples()}")
             self._update(step, stage, means, keys, total)
-        metrics = {"health/skipped_steps": float(self._skipped), **self._stragglers.metrics()}
-        scale = loss_scale(self._engine)
-        return metrics if scale is None else metrics | {"train/loss_scale": scale}
+        return {"health/skipped_steps": float(self._skipped), **self._stragglers.metrics()}
 
     def _update(
         self, step: int, stage: str, means: Mapping[str, float], keys: list[str], total: float

@@ -37,7 +37,6 @@ def make_update(engine: Any, recipe: Recipe) -> Update:
     optimizer_step(engine, recipe)
     if not engine.optimizer.overflow:
         return "made"
-    _forget_offloaded(engine.optimizer)
     return "scaled-down" if can_fall else "non-finite"
 
 
@@ -52,7 +51,6 @@ def drop_update(engine: Any, recipe: Recipe) -> None:
     with _overflowing(optimizer, recipe.zero_stage):
         optimizer_step(engine, recipe)
     assert optimizer.overflow, "a step that was to be dropped was made"
-    _forget_offloaded(optimizer)
 
 
 def settle_loss_scale(engine: Any) -> None:
@@ -60,11 +58,6 @@ def settle_loss_scale(engine: Any) -> None:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
-
-
-def loss_scale(engine: Any) -> float | None:
-    """fp16's loss scale; None in other precisions."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def _finite(engine: Any) -> bool:
@@ -117,11 +110,3 @@ def _attribute(holder: Any, name: str, value: Any) -> Iterator[None]:
             setattr(holder, name, before)
         else:
             delattr(holder, name)
-
-
-def _forget_offloaded(optimizer: Any) -> None:
-    """Clears gradients on the CPU: those of a parameter that the next step leaves out would be used once more."""
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for partition in getattr(optimizer, name, []):
-            if partition.grad is not None:
-                partition.grad.zero_()

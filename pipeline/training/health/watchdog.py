@@ -8,9 +8,8 @@ it in a collective: it is killed, if so configured, and the group starts anew fr
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import signal
 import socket
 import threading
 import time
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
 
 from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.phases import Moment, Phases
@@ -74,6 +75,15 @@ def hanging(standing: list[Standing]) -> Standing:
     return min(standing, key=lambda one: (one.progress, one.rank))
 
 
+def end_process() -> None:
+    """Ends this process and those that it started, as they are: a loader process may be what hangs."""
+    me = psutil.Process()
+    for child in me.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends at this moment
+            child.kill()
+    me.kill()
+
+
 class Watched(Protocol):
     """Where a training says what it does."""
 
@@ -100,7 +110,7 @@ class Watchdog:
         run: Storage,
         board: Board | None,
         warn: Callable[[str], None],
-        kill: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+        kill: Callable[[], None] = end_process,
     ) -> None:
         assert config.hang_s is not None
         self._config, self._hang_s, self._phases, self._context = config, config.hang_s, phases, context

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -100,11 +101,15 @@ class MadeBatch(TrainingBatch):
 
 
 class MadeSamples(Dataset[Any]):
-    def __init__(self, sleeps: float) -> None:
-        self._sleeps = sleeps
+    """Batches of slots; ``sleeps`` seconds before the ``number``-th, from 0."""
+
+    def __init__(self, number: int | None, sleeps: float) -> None:
+        self._number, self._sleeps, self._given = number, sleeps, 0
 
     def __getitems__(self, slots: Sequence[Slot]) -> Sequence[Slot]:
-        time.sleep(self._sleeps)
+        if self._given == self._number:
+            time.sleep(self._sleeps)
+        self._given += 1
         return slots
 
 
@@ -128,11 +133,12 @@ class Faults:
 
     Attributes:
         factors: of the loss of worker ``rank`` (NaN, or large).
-        sleeps: seconds that its loader takes for each batch, in a run's first life alone where ``once`` names a file.
+        sleeps: for so many seconds its loader is asleep in the step ``asleep_in``.
     """
 
     factors: Mapping[int, float] = field(default_factory=dict)
     rank: int = 0
+    asleep_in: int | None = None
     sleeps: float = 0.0
 
 
@@ -179,8 +185,11 @@ class SmallLearner:
             worker=context.rank,
             workers=context.world_size,
         )
-        sleeps = subject.faults.sleeps if context.rank == subject.faults.rank else 0.0
-        return batch_loader(MadeSamples(sleeps), sampler, collate, subject.course.loader_processes)
+        faults, number = subject.faults, None
+        if faults.asleep_in is not None and context.rank == faults.rank:
+            number = (faults.asleep_in - 1 - start_step) * subject.course.accumulation
+        samples = MadeSamples(number, faults.sleeps)
+        return batch_loader(samples, sampler, collate, subject.course.loader_processes)
 
     def forward_backward(self, engine: Any, stage: Stage, batch: MadeBatch, part: Part) -> Losses:
         faults = self._subject.faults
@@ -202,18 +211,23 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
 
 def run_group(function: Callable[..., None], workers: int, *arguments: Any) -> None:
     """``function(context, *arguments)`` in so many processes, joined over gloo."""
+    multiprocessing.spawn(_worker, args=(workers, free_port(), function, arguments), nprocs=workers)
+
+
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    multiprocessing.spawn(_worker, args=(workers, port, function, arguments), nprocs=workers)
+        return int(listener.getsockname()[1])
 
 
 def _worker(rank: int, workers: int, port: int, function: Callable[..., None], arguments: Any) -> None:
+    function(join_group(rank, workers, port), *arguments)
+
+
+def join_group(rank: int, workers: int, port: int) -> WorkerContext:
+    """In a process of its own."""
     os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
     torch.set_num_threads(1)
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", rank=rank, world_size=workers)
-    function(WorkerContext(rank, workers, rank, workers, 0, torch.device("cpu")), *arguments)
-    dist.destroy_process_group()
+    return WorkerContext(rank, workers, rank, workers, 0, torch.device("cpu"))
