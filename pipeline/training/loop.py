@@ -232,7 +232,7 @@ def _train_step(
         batch = batch.to(context.device)
         with worker.phases.phase("forward and backward"):
             found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
-        worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
+            worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
         if number + 1 < course.accumulation:
             optimizer_step(
                 engine, course
