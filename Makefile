@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types
+.PHONY: demo test chaos lint types
 
 demo: $(STAMP)
 	$(BIN)/glscl demo
@@ -12,6 +12,13 @@ demo: $(STAMP)
 # Two files at a time: most tests wait for servers and clusters to start. One thread each, or they only contend.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# The kill matrix in its long form: every fault so many times, at other moments each time; its table in chaos.md.
+ROUNDS ?= 5
+SEED ?= 0
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos --chaos-rounds $(ROUNDS) --chaos-seed $(SEED) \
+		--chaos-table chaos.md $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

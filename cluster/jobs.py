@@ -33,7 +33,7 @@ _LARGEST_PACKAGE = 64 * 2**20  # bytes in all; beyond it the demo's corpus stays
 _LEFT_BEHIND = ("pipeline/demo/corpus",)
 _CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 _POLL_S = 1.0
-_STOP_WAIT_S = 60.0
+_STOP_WAIT_S = 60.0  # a job that is stopped may write a last checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def submit(
             client.submit_job(
                 entrypoint=f"{entrypoint} {command}".strip(),
                 submission_id=chosen,
-                runtime_env={**(environment or Environment()).runtime_env(), "working_dir": folder},
+                runtime_env={**_patient(environment or Environment()), "working_dir": folder},
             )
         except RuntimeError as error:
             if "already exists" in str(error):
@@ -92,6 +92,14 @@ def submit(
     while wait and not status(address, chosen).finished:
         time.sleep(_POLL_S)
     return chosen
+
+
+def _patient(environment: Environment) -> dict[str, object]:
+    """The job's ``runtime_env``, in which Ray waits longer than its 3 s before it kills a job that is stopped."""
+    runtime_env = environment.runtime_env()
+    variables = runtime_env.get("env_vars", {})
+    assert isinstance(variables, dict)
+    return {**runtime_env, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(round(_STOP_WAIT_S)), **variables}}
 
 
 def status(address: str, job_id: str) -> JobReport:
@@ -125,7 +133,7 @@ def stop(address: str, job_id: str) -> JobReport:
     client = _client(address)
     with _explained(address, job_id):
         client.stop_job(job_id)
-    deadline = time.monotonic() + _STOP_WAIT_S
+    deadline = time.monotonic() + _STOP_WAIT_S + 10 * _POLL_S  # so long the job has, then Ray kills it
     while not (report := status(address, job_id)).finished and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     return report

@@ -4,7 +4,9 @@ What ends a run and what restarts the group:
 
 * a process or a node dies: the group starts anew, up to ``max_failures`` times, and calls the function again;
 * Ray kills a process because its node runs out of memory: the run ends, as it would each time;
-* the function raises: the run ends at once, on every worker. ``no_retry`` types reach the caller as they are.
+* the function raises: the run ends at once, on every worker. ``no_retry`` types reach the caller as they are;
+* the function leaves because it was told to (``cluster.notice``): the group starts anew, which counts as no death,
+  or ends, where it was the driver who said so.
 
 A death makes noise on the workers that live (connections reset in a collective), so such an error counts as
 the echo of a death, not as the function's.
@@ -18,18 +20,23 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.board import Board
 from cluster.config import ClusterConfig
+from cluster.deaths import DeathsInARow
+from cluster.elastic import AdmissibleSizes
 from cluster.errors import WorkerGroupError, WorkerOutOfMemory, WorkersStopped
+from cluster.notice import Leaving, Notice, Reason, ask_to_end, catch_sigterm, current_notice
 from cluster.resources import check_resources
 
 if TYPE_CHECKING:
@@ -55,7 +62,7 @@ _NOISE = re.compile(
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """Where a worker stands in its group."""
+    """Where a worker stands in its group, and what it was told (``notice``)."""
 
     rank: int
     world_size: int
@@ -63,6 +70,7 @@ class WorkerContext:
     local_world_size: int
     node_rank: int
     device: torch.device
+    notice: Notice = field(default_factory=Notice)
 
 
 def run_workers(
@@ -74,9 +82,12 @@ def run_workers(
     name: str,
     max_failures: int,
     scratch: Path,
+    sizes: Sequence[int] = (),
+    progress: Callable[[], int] | None = None,
     no_retry: tuple[type[BaseException], ...] = (ValueError,),
     stop: threading.Event | None = None,
     patience_s: float = 60.0,
+    grace_s: float = 0.0,
 ) -> None:
     """Calls ``function(context, argument)`` in ``workers`` processes and returns when all have returned.
 
@@ -86,13 +97,19 @@ def run_workers(
 
     Args:
         function: importable or picklable, as is ``argument``.
+        sizes: numbers of workers, ascending and up to ``workers``, with which the group may do when nodes are lost
+            (see ``cluster.elastic``); none: always with all.
         name: of the run, for Ray's own logs.
-        max_failures: how many deaths of a process or node are made good.
+        max_failures: how many deaths of a process or node are made good; without getting on in between, where
+            ``progress`` tells how far the function has come.
+        progress: a number that grows as the function gets on, picklable; asked in a process of Ray's.
         scratch: a folder for Ray Train's own notes; nothing in it outlives its use.
         no_retry: exceptions of the function that are raised here with their type and message, the worker's
             traceback as ``__cause__``.
         stop: whoever sets it ends the workers where they are, as SIGKILL does; to be called from the main thread.
         patience_s: how long a start of the group waits for room that others hold now.
+        grace_s: how long after SIGINT (or what the session makes of SIGTERM) the workers may take to leave in
+            good order; a second signal ends the wait.
 
     Raises:
         ClusterError: the cluster cannot hold the workers.
@@ -101,16 +118,21 @@ def run_workers(
         WorkersStopped: ``stop`` was set before the function had returned everywhere.
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
     """
-    check_resources(config, workers)
+    sizes = sorted({*sizes, workers})
+    check_resources(config, sizes[0])
     asked = stop or threading.Event()
     if asked.is_set():
         raise WorkersStopped("the workers were stopped before they began")
+    board = Board() if grace_s else None
     trainer = _Trainer(
-        _Entry(function, argument, no_retry),
+        sizes,
+        progress,
+        _Entry(function, argument, no_retry, board),
         train_loop_config={},
         torch_config=_GroupConfig(),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers if len(sizes) == 1 else (sizes[0], workers),
+            elastic_resize_monitor_interval_s=config.grow_check_s,
             use_gpu=config.worker.gpus > 0,
             resources_per_worker=config.worker.bundle(),
             placement_strategy=config.placement,
@@ -123,7 +145,27 @@ def run_workers(
         ),
     )
     with _quiet_ray_train(patience_s), _end_when(asked, trainer):
-        _fit(trainer, max_failures, asked)
+        try:
+            _fit(trainer, max_failures, asked)
+        except KeyboardInterrupt:
+            _end_in_good_order(trainer, board, grace_s)
+            raise
+
+
+def _end_in_good_order(trainer: _Trainer, board: Board | None, grace_s: float) -> None:
+    """After an interrupt: the workers may leave by themselves within the time; then whoever is left is killed."""
+    import ray
+
+    if trainer.controller is None:
+        return
+    try:
+        if board is not None:
+            ask_to_end(board)
+            deadline = time.monotonic() + grace_s
+            while time.monotonic() < deadline and not trainer.has_ended():
+                time.sleep(_STOP_POLL_S)
+    finally:
+        ray.kill(trainer.controller)  # the workers are its own and go with it
 
 
 @contextmanager
@@ -155,10 +197,6 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
 
     try:
         trainer.fit()
-    except KeyboardInterrupt:
-        if trainer.controller is not None:
-            ray.kill(trainer.controller)  # the workers are its own and go with it
-        raise
     except ray.exceptions.RayActorError as error:
         if asked.is_set():
             raise WorkersStopped("the workers were stopped") from None
@@ -194,8 +232,44 @@ class _Trainer(TorchTrainer):
 
     controller: Any = None
 
+    def __init__(
+        self, sizes: Sequence[int], progress: Callable[[], int] | None, *arguments: Any, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._sizes, self._progress = sizes, progress
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if len(self._sizes) > 1:
+            options["scaling_policy"] = AdmissibleSizes(self.scaling_config, self._sizes)
+        if self._progress is not None:
+            options["failure_policy"] = DeathsInARow(self.run_config.failure_config, self._progress)
+        return super()._initialize_and_run_controller(**options)
+
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
+
+    def has_ended(self) -> bool:
+        """Whether the controller has come to an end, whichever."""
+        import ray
+
+        try:
+            ray.get(self.controller.get_result.remote(), timeout=_POLL_S)
+        except (ValueError, ray.exceptions.GetTimeoutError):  # Ray's way to say "not yet", or a busy machine
+            return False
+        except ray.exceptions.RayError:
+            return True
+        return True
+
+
+class _Left(RayActorError):
+    """A worker left as it was told to. Ray counts it with the nodes that were taken back, not with the deaths."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(error_msg=f"worker {rank} was told to leave", preempted=True)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type[_Left], tuple[int]]:
+        return _Left, (self.rank,)
 
 
 class _FunctionFailed(Exception):
@@ -253,10 +327,12 @@ class _Entry:
         function: Callable[[WorkerContext, Any], None],
         argument: Any,
         no_retry: tuple[type[BaseException], ...],
+        board: Board | None,
     ) -> None:
         self._function = function
         self._argument = argument
         self._no_retry = no_retry
+        self._board = board
 
     def __call__(self, config: dict[str, Any]) -> None:
         import torch
@@ -271,15 +347,23 @@ class _Entry:
             local_world_size=ray_context.get_local_world_size(),
             node_rank=ray_context.get_node_rank(),
             device=get_device(),
+            notice=current_notice(),
         )
+        if self._board is not None and context.rank == 0:
+            context.notice.listen(self._board)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         try:
             self._function(context, self._argument)
+        except Leaving as leaving:
+            if leaving.reason is Reason.MACHINE:
+                raise _Left(context.rank) from None
         except BaseException as error:  # passed on, whatever it is, in a form that always travels
             failure = self._describe(context.rank, error)
             if failure.noise:
                 time.sleep(_NOISE_WAIT_S)
             raise failure from error
+        finally:
+            context.notice.dismiss()
 
     def _describe(self, rank: int, error: BaseException) -> _FunctionFailed:
         text = "".join(traceback.format_exception(error))
@@ -318,6 +402,7 @@ def _prepare_worker() -> str:
     import torch
     from ray.train import get_context
 
+    catch_sigterm()
     context = get_context()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from pipeline.checkpoints import checkpoints
 from pipeline.shards import shards
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(shards)
+app.add_typer(checkpoints)
 
 JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", metavar="JOB.yaml", show_default=False)]
 Overrides = Annotated[
@@ -412,7 +414,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
-    from pipeline.errors import Regressed, Unhealthy
+    from pipeline.errors import Regressed, RunTakenOver, Unhealthy
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -429,7 +431,16 @@ def main() -> None:
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
     except (
-        *(BadData, BadDataLimit, Regressed, StorageFault, TaskFailed, Unhealthy, WorkerGroupError),
+        *(
+            BadData,
+            BadDataLimit,
+            Regressed,
+            RunTakenOver,
+            StorageFault,
+            TaskFailed,
+            Unhealthy,
+            WorkerGroupError,
+        ),
     ) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:

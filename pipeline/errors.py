@@ -27,3 +27,7 @@ class OutOfMemory(UserError):
 
 class Regressed(RuntimeError):
     """A metric fell so far that the training was to stop. The message names it, both steps, and the interval."""
+
+
+class RunTakenOver(RuntimeError):
+    """Another driver works on the run by now: this one was taken for dead, and must write nothing more."""

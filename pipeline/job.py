@@ -24,11 +24,12 @@ from cluster.errors import WorkerOutOfMemory, WorkersStopped
 from cluster.session import session
 from cluster.workers import run_workers
 from pipeline.config import JobConfig, did_you_mean
-from pipeline.errors import OutOfMemory, Regressed, Unhealthy
+from pipeline.errors import OutOfMemory, Regressed, RunTakenOver, Unhealthy
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
 from pipeline.fine_tuning.launch import FineTuningSetup
+from pipeline.lease import Lease, hold
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
 from pipeline.runs import RunFolder, open_run_folder, run_path
@@ -63,23 +64,36 @@ def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
 
 
 def run_job(job: JobConfig, console: Console) -> None:
-    """Prepare, train and evaluate; ends with the table of evaluations and where everything is."""
+    """Prepare, train and evaluate; ends with the table of evaluations and where everything is.
+
+    Raises:
+        UserError: another driver is at work on the run.
+    """
     storage = _open(job)
-    with session(job.cluster, workers=job.train.workers):
+    with (
+        hold(storage.at(run_path(job))) as lease,
+        session(job.cluster, workers=job.train.workers),
+    ):
         prepared = _prepare_all(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
             report = LiveReport(run.storage, job.name, tracker)
             results = Results(job, run, tracker, report)
+            lease.when_lost(results.taken_over)
             dispatcher = _dispatcher(job, storage, run, results, prepared)
             dispatcher.start()
             report.start(lambda: _unfinished(dispatcher))
             try:
-                _train(job, run, prepared, tracker, dispatcher, console, results)
+                _train(job, run, prepared, tracker, dispatcher, console, results, lease)
                 _await_evaluations(dispatcher, console)
                 _close(run, tracker, report, console)
             except WorkersStopped:
-                _close(run, tracker, report, console)
-                raise Regressed(results.reason) from None
+                assert results.error is not None
+                if isinstance(results.error, Regressed):
+                    _close(run, tracker, report, console)
+                raise results.error from None
+            except KeyboardInterrupt:
+                _say_interrupted(run, console)
+                raise
             finally:
                 dispatcher.stop()
                 report.stop()
@@ -299,6 +313,7 @@ def _train(
     dispatcher: Dispatcher,
     console: Console,
     results: Results,
+    lease: Lease,
 ) -> None:
     total = job.train.total_steps
     finished = [checkpoint.step for checkpoint in list_checkpoints(run.storage)]
@@ -320,6 +335,7 @@ def _train(
         scratch=scratch,
         board=board,
         health=job.health,
+        fence=lease.fence,
     )
     with (
         show_progress(console, f"training {job.name}", total) as task,
@@ -330,16 +346,29 @@ def _train(
                 train,
                 plan,
                 workers=job.train.workers,
+                sizes=job.train.sizes,
+                progress=partial(_newest_step, run.storage),
                 config=job.cluster,
                 name=run.key,
                 max_failures=job.train.max_failures,
                 scratch=scratch / "ray",
-                no_retry=(ValueError, Unhealthy, BadDataLimit, StorageFault),
+                no_retry=(ValueError, Unhealthy, BadDataLimit, RunTakenOver, StorageFault),
                 stop=results.stop,
+                grace_s=job.checkpoints.on_stop_s,
             )
         except WorkerOutOfMemory as error:
             raise OutOfMemory(advice(job.train, f"worker {error.rank}", "host", str(error))) from error
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _newest_step(run: Storage) -> int:
+    return max((checkpoint.step for checkpoint in list_checkpoints(run)), default=0)
+
+
+def _say_interrupted(run: RunFolder, console: Console) -> None:
+    checkpoints = list_checkpoints(run.storage)
+    where = f"with the checkpoint of step {checkpoints[-1].step}" if checkpoints else "from the beginning"
+    console.print(f"interrupted; the same command goes on {where}", highlight=False)
 
 
 def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:

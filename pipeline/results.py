@@ -6,6 +6,7 @@ import logging
 import threading
 
 from pipeline.config import JobConfig
+from pipeline.errors import Regressed, RunTakenOver
 from pipeline.evaluation.ledger import Ledger, Outcome
 from pipeline.evaluation.report import LiveReport
 from pipeline.evaluation.standings import Fall, Standings
@@ -19,14 +20,14 @@ class Results:
     """Told of outcomes by the dispatcher, from its thread.
 
     Attributes:
-        stop: set once a fall is to stop the training.
-        reason: why, in one line.
+        stop: set once the training is to be stopped.
+        error: why.
         tracking: where MLflow is.
     """
 
     def __init__(self, job: JobConfig, run: RunFolder, tracker: Tracker, report: LiveReport) -> None:
         self.stop = threading.Event()
-        self.reason = ""
+        self.error: Regressed | RunTakenOver | None = None
         self.tracking = tracker.config
         self._run, self._tracker, self._report = run.storage, tracker, report
         self._kept = job.checkpoints.keep_best
@@ -52,5 +53,12 @@ class Results:
         self._tracker.tag(f"regression.{fall.rule.metric}", str(fall))
         if fall.rule.action == "stop":
             hint = "evaluate.regression; to go on, raise its drop or let it warn"
-            self.reason = f"the training is stopped: {fall} ({hint})"
-            self.stop.set()
+            self._end(Regressed(f"the training is stopped: {fall} ({hint})"))
+
+    def taken_over(self, reason: str) -> None:
+        """The run is another driver's by now."""
+        self._end(RunTakenOver(reason))
+
+    def _end(self, error: Regressed | RunTakenOver) -> None:
+        self.error = error
+        self.stop.set()

@@ -87,7 +87,7 @@ class Watch:
         """Tell MLflow of new checkpoints and delete those that no rule keeps."""
         checkpoints = list_checkpoints(self._run)
         for checkpoint in checkpoints:
-            if checkpoint.digest not in self._told:
+            if checkpoint.digest not in self._told and not checkpoint.record.get("interim"):
                 self._told.add(checkpoint.digest)
                 self._tracker.checkpoint(checkpoint_entry(self._run, checkpoint))
         rules = self._job.checkpoints

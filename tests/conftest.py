@@ -7,4 +7,5 @@ pytest_plugins = [
     "tests.fixtures.corpora",
     "tests.fixtures.jobs",
     "tests.fixtures.web",
+    "tests.fixtures.chaos",
 ]

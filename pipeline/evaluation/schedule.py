@@ -62,15 +62,16 @@ class Schedule:
         )
 
     def due(self, task: TaskConfig, checkpoints: Sequence[Checkpoint], *, over: bool) -> list[Checkpoint]:
-        """The checkpoints that a task is to be run on.
+        """The checkpoints that a task is to be run on; not those between two, written on leaving.
 
         Args:
             checkpoints: all there are, by step.
             over: whether no more will come: then the last of them is the end.
         """
         after = "checkpoint" if self._every else self.limits(task).after
+        checkpoints = [checkpoint for checkpoint in checkpoints if not checkpoint.record.get("interim")]
         if after == "checkpoint":
-            return list(checkpoints)
+            return checkpoints
         last = list(checkpoints[-1:]) if over else []
         if after == "end":
             return last

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ADDRESS = re.compile(r"(?P<run>.+?)(?:/checkpoints(?:/(?P<step>step-\d+))?)?")
+_ADDRESS = re.compile(r"(?P<run>.+?)(?:/checkpoints(?:/(?P<step>step-\d+(?:-[0-9a-f]+)?))?)?")
 
 
 def split_address(address: str) -> tuple[str, str | None]:
@@ -98,7 +98,7 @@ def find_run(address: str, best: str | None = None) -> RunSource:
     if not checkpoints:
         raise UserError(f"{run.url} holds no checkpoint yet")
     if step:
-        wanted = [one for one in checkpoints if one.path.endswith(f"/{step}")]
+        wanted = [one for one in checkpoints if f"{one.path.rpartition('/')[2]}-".startswith(f"{step}-")]
         if not wanted:
             steps = ", ".join(str(one.step) for one in checkpoints[::-1])
             raise UserError(f"{run.url} has no whole checkpoint {step}; there are those of steps {steps}")

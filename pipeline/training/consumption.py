@@ -176,20 +176,20 @@ class ConsumptionRecorder:
         record.masked += [Masked(shard, row, cause) for shard, row in self._trained]
         record.digest, record.trained, self._trained = 0, 0, []
 
-    def write(self, context: WorkerContext) -> PartReference:
-        """Put the steps since the last part together and write them. Collective; to be called before the commit.
+    def take(self, context: WorkerContext) -> list[StepRecord]:
+        """The steps since the last part, of all workers together, to be written by worker 0. Collective."""
+        records = _of_all_workers(self._steps, context)
+        self._steps = []
+        return records
+
+    def write(self, records: Sequence[StepRecord]) -> PartReference:
+        """Write what was taken as the ledger's next part, on worker 0; to be called before the commit.
 
         Returns:
-            What the commit record of the checkpoint must hold, the same on every worker.
+            What the commit record of the checkpoint must hold.
         """
-        import torch.distributed as dist
-
-        records = _of_all_workers(self._steps, context)
-        box: list[Any] = [write_part(self._run, records, self._newest) if context.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, device=context.device)
-        reference: PartReference = box[0]
-        self._newest, self._steps = reference, []
-        return reference
+        self._newest = write_part(self._run, records, self._newest)
+        return self._newest
 
 
 def _of_all_workers(steps: Sequence[StepRecord], context: WorkerContext) -> list[StepRecord]:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,13 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.lease import Fence
 from pipeline.tracking import MetricLogger, TrackingConfig
-from pipeline.training.checkpoints import (
-    Checkpoint,
-    delete_checkpoint,
-    list_checkpoints,
-    resume,
-    save_checkpoint,
-)
+from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
+from pipeline.training.checkpoints.resuming import resume
+from pipeline.training.checkpoints.writer import CheckpointWriter
 from pipeline.training.config import Course, Stage
-from pipeline.training.consumption import ConsumptionRecorder, PartReference
+from pipeline.training.consumption import ConsumptionRecorder, PartReference, StepRecord
 from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
 from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.memory import explained
@@ -40,9 +37,10 @@ from pipeline.training.health.monitor import Monitor
 from pipeline.training.health.phases import Phases
 from pipeline.training.health.samples import BadSampleGuard
 from pipeline.training.health.watchdog import watched
-from pipeline.training.health.windows import again_after_rollback
+from pipeline.training.health.windows import again_after_rollback, freed_by_rollback
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
+from pipeline.training.preemption import Preemption
 from pipeline.training.schedule import learning_rate_scale, set_learning_rates
 from sharding.storage import Storage
 
@@ -66,6 +64,7 @@ class TrainingPlan:
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
         health: what is done when something goes wrong.
+        fence: keeps workers that outlived their driver from writing beside those of the next one.
     """
 
     subject: Subject
@@ -80,6 +79,7 @@ class TrainingPlan:
     keep_last: int | None = None
     board: Board | None = None
     health: HealthBlock = field(default_factory=HealthBlock)
+    fence: Fence | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -102,6 +102,8 @@ class _Worker:
     consumption: ConsumptionRecorder
     health: Monitor
     phases: Phases
+    checkpoints: CheckpointWriter
+    preemption: Preemption
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,6 +113,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, LossSpike, BadDataLimit, OutOfMemory: see ``health``.
+        Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
     with explained(plan.course, context), watched(plan, context) as phases:
         again_after_rollback(partial(_attempt, context, plan, phases))
@@ -118,15 +121,15 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
 
 def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None:
     """From the newest checkpoint to the end."""
-    course = plan.course
+    course = plan.course.resized(context.world_size)  # an elastic group has not always all its workers
+    plan = replace(plan, course=course)
     started = time.monotonic()
-    phases.start()
+    phases.long("start")
+    preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
-    newest = resume(
-        engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn, place=course.PLACE
-    )
+    newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
@@ -140,7 +143,8 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
         )
     consumption = ConsumptionRecorder(plan.run, identity["shards"], consumed)
     judged = newest.record["health"] if newest else None
-    with closing(metrics) if metrics else nullcontext():
+    checkpoints = CheckpointWriter(plan.run, context, plan.scratch, committed=partial(_tidy, plan))
+    with freed_by_rollback(engine), closing(metrics) if metrics else nullcontext(), closing(checkpoints):
         worker = _Worker(
             plan=plan,
             context=context,
@@ -154,6 +158,8 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
                 plan.health, course, engine, context, plan.run, consumption, judged, warn=plan.warn
             ),
             phases=phases,
+            checkpoints=checkpoints,
+            preemption=preemption,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -162,6 +168,7 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
                 _run_stage(worker, index, stage, first, step - first)
                 step = first + stage.steps
             first += stage.steps
+        phases.long("end")  # what is on its way to the storage and to MLflow
 
 
 def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
@@ -171,7 +178,6 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
     """
     return {
         "seed": plan.seed,
-        "zero_stage": plan.course.zero_stage,
         "precision": plan.course.precision,
         "shards": {name: data.shards_digest for name, data in learner.data.items()},
         **learner.identity(),
@@ -183,7 +189,10 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     plan = worker.plan
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
+    worker.preemption.agree()
+    worker.preemption.leave(worker.checkpoints)
     for step in range(first + start, first + stage.steps):
+        worker.checkpoints.check()
         done = step + 1
         worker.phases.step(done, long=step == first + start)
         if worker.health.leaves_out(done):
@@ -195,9 +204,12 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
-        if last or (done - first) % every == 0:
-            with worker.phases.phase("checkpoint"):
-                _checkpoint(worker, index, done, stage_end=last)
+        due = last or (done - first) % every == 0
+        with worker.phases.phase("checkpoint"):
+            if worker.preemption.agree() or due:
+                _checkpoint(worker, index, done, stage_end=last, interim=not due)
+            if done < plan.course.total_steps:
+                worker.preemption.leave(worker.checkpoints)
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -286,6 +298,9 @@ def _record(
     if worker.context.device.type == "cuda":
         record["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     record["data/bad_samples"] = float(worker.guard.causes.total())
+    background = worker.checkpoints.seconds()
+    if background is not None:
+        record["time/checkpoint_background_s"] = background
     for name, seconds in worker.seconds.items():
         record[f"time/{name}_s"] = seconds
     worker.seconds.clear()
@@ -299,35 +314,46 @@ def _rates(worker: _Worker) -> dict[str, float]:
     return {name.removesuffix("_no_decay"): peak for name, peak in zip(names, worker.peaks, strict=True)}
 
 
-def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool) -> None:
-    """Save and commit. Collective."""
+def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool, interim: bool) -> None:
+    """Take a snapshot, to be written and committed in the background. Collective.
+
+    ``interim``: on leaving, at a step at which none was due.
+    """
     began = time.monotonic()
     plan, learner = worker.plan, worker.learner
-    if worker.metrics is not None:
-        # Steps before a checkpoint are never computed again: their metrics must be safe before it exists.
-        worker.metrics.flush(timeout_s=10.0)
-    consumed = worker.consumption.write(worker.context)  # safe before the commit record that vouches for it
-    saved: Checkpoint = save_checkpoint(
+    trained_on = worker.consumption.take(worker.context)
+    worker.checkpoints.save(
         worker.engine,
-        plan.run,
-        worker.context,
-        plan.scratch,
         step=step,
         stage=stage_index,
         details={
             **_identity(plan, learner),
             **learner.details(),
-            "consumption": asdict(consumed),
+            "zero_stage": plan.course.zero_stage,
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
+            "interim": interim,
             "bad_samples": dict(worker.guard.causes),
             "health": worker.health.state(),
             "tracking_key": plan.tracking_key,
         },
+        before_commit=partial(_settle, worker, trained_on),
     )
     worker.seconds["checkpoint"] = time.monotonic() - began
-    if worker.context.rank == 0:
-        logger.info("checkpoint of step %d committed (%s)", step, saved.digest[:12])
-        if plan.keep_last is not None:
-            for old in list_checkpoints(plan.run)[: -plan.keep_last]:
-                delete_checkpoint(plan.run, old)
+
+
+def _settle(worker: _Worker, trained_on: list[StepRecord]) -> dict[str, Any]:
+    """On worker 0 before a commit: steps before a checkpoint are never computed again, so that what is known of
+    them must be safe before it exists."""
+    if worker.plan.fence is not None:
+        worker.plan.fence.check()
+    if worker.metrics is not None:
+        worker.metrics.flush(timeout_s=10.0)
+    return {"consumption": asdict(worker.consumption.write(trained_on))}
+
+
+def _tidy(plan: TrainingPlan, saved: Checkpoint) -> None:
+    """On worker 0 after a commit."""
+    if plan.keep_last is not None:
+        for old in list_checkpoints(plan.run)[: -plan.keep_last]:
+            delete_checkpoint(plan.run, old)

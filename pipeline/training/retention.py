@@ -13,11 +13,13 @@ def expendable(
 ) -> list[Checkpoint]:
     """The checkpoints that no rule keeps.
 
-    Kept: the newest ``keep_last``; every multiple of ``keep_every`` steps; the ends of stages (each starts the
+    Kept: the newest ``keep_last``, not counting those between two that were written on leaving, of which only the
+    very newest is of use; every multiple of ``keep_every`` steps; the ends of stages (each starts the
     next, and is what people compare); the ``best`` step; the ``pinned`` steps (evaluations not done yet).
     """
     by_step = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
-    newest = {checkpoint.step for checkpoint in by_step[-rules.keep_last :]}
+    regular = [checkpoint for checkpoint in by_step if not checkpoint.record.get("interim")]
+    newest = {checkpoint.step for checkpoint in [*regular[-rules.keep_last :], *by_step[-1:]]}
 
     def kept(checkpoint: Checkpoint) -> bool:
         return (

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, WorkerGroupError, WorkersStopped
+from cluster.notice import Leaving, Reason
 from cluster.resources import for_fine_tuning
 from cluster.workers import WorkerContext, run_workers
 
@@ -283,3 +284,31 @@ def test_workers_that_are_to_stop_are_gone_and_are_not_started_again(
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
     assert len(list(notes.iterdir())) == 2
+
+
+def _leaves_when_told(context: WorkerContext, folder: Path) -> None:
+    """Steps of 50 ms; rank 1 is sent SIGTERM once, in the middle of one."""
+    import torch
+
+    context.notice.attend()
+    first_time = len(list(folder.glob(f"rank{context.rank}-*"))) == 0
+    for step in range(200):
+        if first_time and context.rank == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        reason = torch.tensor([int(context.notice.reason)])
+        torch.distributed.all_reduce(reason, op=torch.distributed.ReduceOp.MAX)
+        if int(reason):
+            _note(folder, context, Reason(int(reason)).name)
+            raise Leaving(Reason(int(reason)))
+        if not first_time:
+            break
+    _note(folder, context, "end")
+
+
+@pytest.mark.slow
+def test_workers_that_leave_at_sigterm_are_started_again_and_no_death_is_counted(
+    ray_session: None, tmp_path: Path
+) -> None:
+    notes = _run(_leaves_when_told, tmp_path, max_failures=0)
+    assert sorted(notes) == ["rank0 MACHINE", "rank0 end", "rank1 MACHINE", "rank1 end"]

@@ -23,11 +23,17 @@ LIMIT_S = 1200.0  # only so that a hang ends
 class Command:
     """A running ``glscl``; its output (both streams) goes to a file beside the job's."""
 
-    def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        module: str = "pipeline",
+    ) -> None:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

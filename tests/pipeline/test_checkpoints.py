@@ -13,12 +13,14 @@ from cluster.workers import WorkerContext
 from pipeline.config import parse_job
 from pipeline.training.checkpoints import (
     FORMAT,
+    VERSION,
     Checkpoint,
-    _refuse_mismatch,
     delete_checkpoint,
     fetch_model,
     list_checkpoints,
+    remains,
 )
+from pipeline.training.checkpoints.resuming import _refuse_mismatch
 from pipeline.training.loop import TrainingPlan, _identity
 from pipeline.training.pretraining import Pretraining, PretrainingSubject
 from sharding.errors import BadData, UserError
@@ -37,7 +39,7 @@ def commit(run: Storage, step: int, **changes: Any) -> Checkpoint:
     files = {"model/model.safetensors": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     record = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "step": step,
         "stage": 0,
         "files": files,
@@ -124,22 +126,30 @@ def test_a_run_goes_on_after_a_retraction_but_not_on_other_shards(
 
     begun = _identity(plan, learner(manifest))
     checkpoint = commit(run, 4, world_size=1, **learner(manifest).details(), **begun)
-    _refuse_mismatch(checkpoint, context, _identity(plan, learner(retracted)), run)
+    _refuse_mismatch(checkpoint, _identity(plan, learner(retracted)), run)
     with caplog.at_level(logging.INFO):
         learner(retracted).begins(checkpoint.record)
     assert "1 of 4 samples are retracted" in caplog.text
     assert "other samples are retracted than at step 4" in caplog.text
     with pytest.raises(UserError, match="shards was"):
-        _refuse_mismatch(checkpoint, context, _identity(plan, learner(other)), run)
+        _refuse_mismatch(checkpoint, _identity(plan, learner(other)), run)
 
 
-def test_another_number_of_workers_is_refused_naming_the_field(tmp_path: Path) -> None:
-    run = open_storage(tmp_path)
-    checkpoint = commit(run, 4, world_size=2)
-    context = WorkerContext(
-        rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, device=torch.device("cpu")
-    )
-    for place in ("train", "fine_tune"):
-        told = rf"was written by 2 workers; set {place}\.workers to 2 to go on with it \(now 1\)"
-        with pytest.raises(UserError, match=told):
-            _refuse_mismatch(checkpoint, context, {}, run, place)
+def test_what_killed_writes_left_is_told_from_a_write_under_way(storage: Storage) -> None:
+    commit(storage, 10)
+    commit(storage, 20)
+    for folder in ("step-00000015-0a", "step-00000020-0b", "step-00000030-0c"):
+        storage.write_bytes(f"checkpoints/{folder}/state/worker-00000.safetensors", b"part")
+    assert remains(storage, list_checkpoints(storage)) == [
+        "checkpoints/step-00000015-0a",
+        "checkpoints/step-00000020-0b",
+    ]
+
+
+def test_a_step_committed_twice_is_listed_once_and_always_the_same(storage: Storage) -> None:
+    first = commit(storage, 10)
+    record = first.record | {"attempt": 2}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    storage.write_json(f"{first.path}-ff/commit.json", {"record": record, "digest": digest})
+    assert list_checkpoints(storage) == [first]
+    assert remains(storage, [first]) == [f"{first.path}-ff"]

@@ -123,7 +123,7 @@ class SimulatedRun:
         for number, (step, slots) in enumerate(self.steps(newest.step if newest else 0), start=1):
             recorder.add(step, batch_of(step, slots, causes))
             if step % 4 == 0 and number % accumulation == 0:
-                reference = recorder.write(ALONE)
+                reference = recorder.write(recorder.take(ALONE))
                 if step == killed_before_commit:
                     return
                 commit(self.run, step, **self.details(reference))
@@ -317,7 +317,7 @@ def test_a_sample_cannot_be_hidden_as_masked_where_it_does_not_belong(run: Simul
                 False,
             )
         recorder.add(step, batch)
-    commit(run.run, 8, **run.details(recorder.write(ALONE)))
+    commit(run.run, 8, **run.details(recorder.write(recorder.take(ALONE))))
     code, found = outcome(run.address)
     assert code == 1
     assert found["mismatches"][0]["step"] == 5
@@ -422,7 +422,7 @@ def _one_of_two_workers(rank: int, rendezvous: str, folder: str) -> None:
     recorder = ConsumptionRecorder(run.run, run.shards, None)
     for step, slots in run.steps(0, rank, 2):
         recorder.add(step, batch_of(step, slots, _some_unreadable))
-    Path(folder, f"{rank}.json").write_text(json.dumps(asdict(recorder.write(context))))
+    Path(folder, f"{rank}.json").write_text(json.dumps(asdict(recorder.write(recorder.take(context)))))
     dist.destroy_process_group()
 
 
@@ -435,7 +435,7 @@ def test_two_workers_write_the_ledger_of_one(run: SimulatedRun, tmp_path: Path) 
     recorder = ConsumptionRecorder(run.run, run.shards, None)
     for step, slots in run.steps(0):
         recorder.add(step, batch_of(step, slots, _some_unreadable))
-    expected = recorder.write(ALONE)
+    expected = recorder.write(recorder.take(ALONE))
     folder = tmp_path / "two"
     folder.mkdir()
     arguments = (f"file://{tmp_path}/two-meet", str(folder))

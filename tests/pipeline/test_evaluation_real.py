@@ -13,7 +13,7 @@ from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
 from pipeline.tracking import Tracker, TrackingConfig
 from pipeline.tracking.connection import connect
-from pipeline.training.checkpoints import FORMAT, _digest, list_checkpoints
+from pipeline.training.checkpoints import FORMAT, VERSION, list_checkpoints, record_digest
 from sharding.config import PrepareConfig
 from sharding.prepare import prepare
 from sharding.storage import Storage, open_storage
@@ -30,8 +30,15 @@ def write_checkpoint(run: Storage, folder: Path, step: int) -> None:
     for file in sorted((folder / "model").iterdir()):
         uploaded = run.upload(file, f"checkpoints/step-{step:08d}/model/{file.name}")
         files[f"model/{file.name}"] = {"size": uploaded.size, "sha256": uploaded.sha256}
-    record = {"format": FORMAT, "version": 1, "step": step, "stage": 0, "stage_end": False, "files": files}
-    commit = {"record": record, "digest": _digest(record)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "stage": 0,
+        "stage_end": False,
+        "files": files,
+    }
+    commit = {"record": record, "digest": record_digest(record)}
     run.write_json(f"checkpoints/step-{step:08d}/commit.json", commit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ def test_due_is_every_checkpoint_or_the_ends_of_stages_or_the_last(
     everything = Schedule(run.config(one), every_checkpoint=True)
     assert [c.step for c in everything.due(one, checkpoints, over=False)] == [10, 20, 30]
     assert Schedule(run.config(one), only=["other"]).tasks == []
+    # One that was written on leaving, between two that were due, is nobody's to evaluate, also where it is the last.
+    left = replace(run.checkpoint(30), step=35, record={**run.checkpoint(30).record, "interim": True})
+    assert [c.step for c in schedule.due(one, [*checkpoints, left], over=True)] == over
 
 
 def test_first_goes_priority_then_what_has_not_failed_then_the_newest_checkpoint_task_by_task(

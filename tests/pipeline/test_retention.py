@@ -34,3 +34,11 @@ def test_a_pinned_checkpoint_goes_once_its_evaluations_are_done() -> None:
     rules = CheckpointBlock(keep_last=1)
     assert steps(expendable(all_of_them, rules, pinned={10}, best=None)) == []
     assert steps(expendable(all_of_them, rules, pinned=set(), best=None)) == [10]
+
+
+def test_a_checkpoint_written_on_leaving_displaces_no_other_and_goes_once_there_is_a_newer_one() -> None:
+    regular = [checkpoint(10), checkpoint(20)]
+    left = Checkpoint(25, 0, "checkpoints/step-00000025", "digest-25", {"stage_end": False, "interim": True})
+    rules = CheckpointBlock(keep_last=2)
+    assert steps(expendable([*regular, left], rules, pinned=(), best=None)) == []
+    assert steps(expendable([*regular, left, checkpoint(30)], rules, pinned=(), best=None)) == [10, 25]

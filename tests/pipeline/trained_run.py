@@ -12,7 +12,7 @@ from model import GLSCLConfig, GLSCLForPreTraining
 from pipeline.config import JobConfig, parse_job
 from pipeline.evaluation.ledger import Ledger, Outcome, checkpoint_record
 from pipeline.runs import open_run_folder
-from pipeline.training.checkpoints import FORMAT, Checkpoint, _digest
+from pipeline.training.checkpoints import FORMAT, VERSION, Checkpoint, record_digest
 from sharding.manifest import Counts, Manifest, Modality
 from sharding.storage import Storage, open_storage
 from tests.fixtures.jobs import tiny_job
@@ -39,7 +39,7 @@ class TrainedRun:
             files[f"model/{file.name}"] = {"size": uploaded.size, "sha256": uploaded.sha256}
         record = {
             "format": FORMAT,
-            "version": 1,
+            "version": VERSION,
             "step": step,
             "stage": int(step > 8),
             "world_size": 2,
@@ -50,8 +50,8 @@ class TrainedRun:
             "data": {name: self.digests[name] for name in ("emoji", "clips")},
             "bad_samples": {"crc-mismatch": 3},
         }
-        self.run.write_json(f"{path}/commit.json", {"record": record, "digest": _digest(record)})
-        return Checkpoint(step, record["stage"], path, _digest(record), record)
+        self.run.write_json(f"{path}/commit.json", {"record": record, "digest": record_digest(record)})
+        return Checkpoint(step, record["stage"], path, record_digest(record), record)
 
     def evaluated(
         self, checkpoint: Checkpoint, task: str = "held-out", cause: str | None = None, **metrics: float

@@ -70,8 +70,8 @@ class Monitor:
         settle_loss_scale(engine)
 
     def state(self) -> dict[str, Any]:
-        """For the record of a checkpoint: plain data, the same on every worker."""
-        return {"skipped": self._skipped, "recent": self._recent, "spikes": self._spikes.state()}
+        """For the record of a checkpoint, which is written while the training goes on: plain data, a copy."""
+        return {"skipped": self._skipped, "recent": list(self._recent), "spikes": self._spikes.state()}
 
     def leaves_out(self, step: int) -> bool:
         """Whether nothing is to be computed in ``step`` (from 1): a rollback left it out."""
@@ -215,7 +215,6 @@ class Monitor:
             f"{message}; going back to the newest checkpoint, without steps {window.first} to {window.last}"
         )
         self._tell(text)
-        self._engine.destroy()
         raise RolledBack(text)
 
 

@@ -25,11 +25,11 @@ class Phases:
     """Set by the training alone. ``now`` is replaced as a whole, so that another thread may read it at any moment."""
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Everything before the first step begins."""
         self.now = Moment(0, "start", time.monotonic(), long=True)
+
+    def long(self, phase: str) -> None:
+        """What comes before the first step ("start") or after the last one ("end") begins."""
+        self.now = Moment(0 if phase == "start" else self.now.step, phase, time.monotonic(), long=True)
 
     def step(self, step: int, *, long: bool = False) -> None:
         """What follows is on the way to the end of ``step``."""

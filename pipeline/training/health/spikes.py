@@ -46,8 +46,9 @@ class SpikeWindow:
         self._losses: dict[str, list[float]] = {name: list(found) for name, found in state["losses"].items()}
 
     def state(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"stage": self._stage, "steps": self._steps, "losses": self._losses}
+        """Plain data, a copy."""
+        losses = {name: list(found) for name, found in self._losses.items()}
+        return {"stage": self._stage, "steps": self._steps, "losses": losses}
 
     def judge(self, stage: str, dataset: str, loss: float) -> Spike | None:
         """Whether a finite loss is a spike; to be asked once for each step, before :meth:`add`."""

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONG_PHASES = ("start", "checkpoint")
+_LONG_PHASES = ("checkpoint",)  # besides what says of itself that it may take long
 #: Phases of a step in their order; a worker in an earlier one is behind.
-_ORDER = ("start", "between", "data", "forward and backward", "optimizer", "checkpoint")
+_ORDER = ("start", "between", "data", "forward and backward", "optimizer", "checkpoint", "end")
 _LOOKS = 10  # times within health.hang_s
 _MOST_S = 10.0  # between two looks
 _STORAGE_S = 20.0  # for the stacks to be written: what hangs may be the storage

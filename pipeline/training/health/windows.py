@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,16 @@ def _read(run: Storage) -> list[Window] | BadData:
         return []
     except (BadData, KeyError, TypeError, ValueError) as error:
         return BadData("damaged-record", f"{run.url_of(PATH)} is damaged ({error})")
+
+
+@contextmanager
+def freed_by_rollback(engine: Any) -> Iterator[None]:
+    """Takes an engine out of DeepSpeed's registers when a rollback leaves the block."""
+    try:
+        yield
+    except RolledBack:
+        engine.destroy()
+        raise
 
 
 def again_after_rollback(attempt: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from pipeline.evaluation.tasks.retrieval.config import RetrievalTask
 from pipeline.evaluation.tasks.vqa.config import VQATask
 from pipeline.fine_tuning.launch import FineTuningSetup
 from pipeline.tracking import TrackingConfig
-from pipeline.training.checkpoints import FORMAT, Checkpoint, _digest
+from pipeline.training.checkpoints import FORMAT, VERSION, Checkpoint, record_digest
 from sharding.prepare import PrepareConfig, prepare
 from sharding.storage import Storage, open_storage
 from tests.fixtures.corpora import write_rows
@@ -99,10 +99,17 @@ def commit(run: Storage, folder: Path, step: int = 10) -> Checkpoint:
     for file in sorted(folder.iterdir()):
         uploaded = run.upload(file, f"{path}/model/{file.name}")
         files[f"model/{file.name}"] = {"size": uploaded.size, "sha256": uploaded.sha256}
-    record = {"format": FORMAT, "version": 1, "step": step, "stage": 0, "stage_end": True, "files": files}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "stage": 0,
+        "stage_end": True,
+        "files": files,
+    }
     record |= {"stage_name": "pre-training", "data": {}, "tracking_key": "one", "bad_samples": {}}
-    run.write_json(f"{path}/commit.json", {"record": record, "digest": _digest(record)})
-    return Checkpoint(step, 0, path, _digest(record), record)
+    run.write_json(f"{path}/commit.json", {"record": record, "digest": record_digest(record)})
+    return Checkpoint(step, 0, path, record_digest(record), record)
 
 
 def vqa_task(storage: Storage, count: int = 48, **recipe: Any) -> VQATask:
