@@ -2,7 +2,7 @@
 
 DeepSpeed has a way of dropping a step: the one it takes when fp16's gradients overflow. It clears what each stage has
 accumulated and keeps its counters right, so a step is dropped here by making it take that way, with its loss scale
-left alone. Plain torch optimizers (ZeRO 0 without fp16) have no such way: without gradients they update nothing.
+left alone. Plain torch optimizers (ZeRO 0) have no such way: without gradients they update nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def drop_update(engine: Any, recipe: Recipe) -> None:
     """Ends a global batch without an update: its gradients are gone, the engine's counters go on. Collective."""
     assert engine.is_gradient_accumulation_boundary()
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "overflow"):
+    if not hasattr("overflow"):
         engine.zero_grad()
         optimizer_step(engine, recipe)
         return
@@ -56,7 +56,7 @@ def drop_update(engine: Any, recipe: Recipe) -> None:
 def settle_loss_scale(engine: Any) -> None:
     """fp16 at its smallest loss scale must be a fault of the step, not an exception of DeepSpeed's."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+    if scaler is not None and scaler.dynamic:
         scaler.raise_error_at_min_scale = False
 
 
@@ -67,11 +67,8 @@ def _finite(engine: Any) -> bool:
 
 
 def _scale_can_fall(optimizer: Any) -> bool:
-    scaler = getattr(optimizer, "loss_scaler", None)
-    if scaler is not None:  # ZeRO 1 to 3
-        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
-    config = optimizer.loss_scale_config
-    return bool(config.dynamic_loss_scale and config.cur_scale > config.min_loss_scale)
+    scaler = optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
 
 @contextmanager
@@ -83,17 +80,14 @@ def _overflowing(optimizer: Any, zero_stage: int) -> Iterator[None]:
         return True
 
     with ExitStack() as stack:
-        instead: list[tuple[Any, str, Any]] = [(optimizer, "_update_scale", lambda *_: None)]
+        instead: list[tuple[str, Any]] = [("_update_scale", lambda *_: None)]
         if zero_stage == 3:
             # Called before the norm (whose outcome is set aside) and, the other one, after it.
-            instead.append((optimizer, "_overflow_check_and_loss_scale_update", found))
-        elif zero_stage:
-            instead += [(optimizer, "check_grad_overflow", True), (optimizer, "check_overflow", found)]
+            instead.append(("_overflow_check_and_loss_scale_update", found))
         else:
-            checker = optimizer.overflow_checker
-            instead += [(checker, "check", found), (checker, "check_using_norm", found)]
-        for holder, name, value in instead:
-            stack.enter_context(_attribute(holder, name, value))
+            instead += [("check_grad_overflow", True), ("check_overflow", found)]
+        for name, value in instead:
+            stack.enter_context(_attribute(optimizer, name, value))
         yield
 
 

@@ -68,9 +68,7 @@ def _scaling(course: Course, context: WorkerContext) -> list[bool]:
     engine, _ = build_engine(small_model(), course, context)  # type: ignore[arg-type]
     settle_loss_scale(engine)
     optimizer = engine.optimizer
-    least = (
-        optimizer.loss_scaler.min_scale if course.zero_stage else optimizer.loss_scale_config.min_loss_scale
-    )
+    least = optimizer.loss_scaler.min_scale
     optimizer.loss_scale = 4 * least
     before = weights_of(engine)
     _backwards(engine, course, context, 2, math.nan)
@@ -103,7 +101,7 @@ def _worker(context: WorkerContext, folder: str) -> None:
             *(_same(*pair) for pair in zip(weights, wanted, strict=True)),
             *(not _same(*pair) for pair in itertools.pairwise(plain)),
         ]
-    for zero in range(4):
+    for zero in (1, 2, 3):
         found[f"ZeRO {zero}, fp16"] = _scaling(
             small_course(context.world_size, zero=zero, precision="fp16"), context
         )
@@ -118,5 +116,5 @@ def test_a_step_that_is_not_made_leaves_weights_and_later_steps_as_if_its_batch_
     run_group(_worker, workers, str(tmp_path))
     for rank in range(workers):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(found) == len(_WAYS) + 4
+        assert len(found) == len(_WAYS) + 3
         assert {way: steps for way, steps in found.items() if not all(steps)} == {}

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def test_all_that_stand_are_named_their_stacks_kept_and_the_one_that_hangs_is_en
 
 
 def _sleeps_in_its_loader(rank: int, port: int, root: str) -> None:
+    os.setsid()  # so that the test finds what it leaves behind
     folder = Path(root)
     loop.MetricLogger = _NoMetrics  # type: ignore[assignment, misc]
     context = join_group(rank, 2, port)
@@ -132,6 +133,9 @@ def test_a_worker_whose_loader_hangs_is_named_shown_in_its_stacks_and_killed(tmp
     either = (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException)
     with pytest.raises(either):  # the one that is killed, or the other, whose connection is gone
         spawned.join(timeout=300)
+    for process in spawned.processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert spawned.processes[1].exitcode == -signal.SIGKILL
     message = FileBoard(tmp_path / "board").read()["warning"]
     assert "Hanging, as it seems: worker 1 (node 0, " in message
