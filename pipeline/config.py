@@ -25,6 +25,7 @@ from pipeline.fine_tuning.config import RetrievalFineTuning
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
+from pipeline.training.health.config import HealthBlock
 from sharding.errors import UserError
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
@@ -84,6 +85,7 @@ class JobConfig(Block):
     )  # made when asked for: it looks into `model`, hence torch
     train: TrainBlock
     checkpoints: CheckpointBlock = CheckpointBlock()
+    health: HealthBlock = HealthBlock()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()

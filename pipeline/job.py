@@ -20,10 +20,10 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.board import Board
-from cluster.errors import WorkersStopped
+from cluster.errors import WorkerOutOfMemory, WorkersStopped
 from cluster.session import session
 from pipeline.config import JobConfig, did_you_mean
-from pipeline.errors import NonFiniteLoss, Regressed, RunTakenOver
+from pipeline.errors import OutOfMemory, Regressed, RunTakenOver, Unhealthy
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
@@ -36,6 +36,7 @@ from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.health.memory import advice
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -306,7 +307,7 @@ def _dispatcher(
         retry_failed=retry_failed,
         only=only,
         every_checkpoint=every_checkpoint,
-        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets)),
+        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets, job.health)),
     )
 
 
@@ -344,26 +345,30 @@ def _train(
         tracking_run=tracker.run_id,
         scratch=scratch,
         board=board,
+        health=job.health,
         fence=lease.fence,
     )
     with (
         show_progress(console, f"training {job.name}", total) as task,
         Watch(job, run.storage, board, tracker, dispatcher, task),
     ):
-        run_workers(
-            train,
-            plan,
-            workers=job.train.workers,
-            sizes=job.train.sizes,
-            progress=partial(_newest_step, run.storage),
-            config=job.cluster,
-            name=run.key,
-            max_failures=job.train.max_failures,
-            scratch=scratch / "ray",
-            no_retry=(ValueError, NonFiniteLoss, BadDataLimit, RunTakenOver, StorageFault),
-            stop=results.stop,
-            grace_s=job.checkpoints.on_stop_s,
-        )
+        try:
+            run_workers(
+                train,
+                plan,
+                workers=job.train.workers,
+                sizes=job.train.sizes,
+                progress=partial(_newest_step, run.storage),
+                config=job.cluster,
+                name=run.key,
+                max_failures=job.train.max_failures,
+                scratch=scratch / "ray",
+                no_retry=(ValueError, Unhealthy, BadDataLimit, RunTakenOver, StorageFault),
+                stop=results.stop,
+                grace_s=job.checkpoints.on_stop_s,
+            )
+        except WorkerOutOfMemory as error:
+            raise OutOfMemory(advice(job.train, f"worker {error.rank}", "host", str(error))) from error
     shutil.rmtree(scratch, ignore_errors=True)
 
 

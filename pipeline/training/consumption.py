@@ -2,8 +2,9 @@
 
 A sample's id is (digest of the dataset's shards, shard, row). For each step the ledger holds the sum modulo
 2^128 of the BLAKE2b hashes of the ids trained on, how many they were, and every slot that was masked, with its
-cause. A sum does not depend on the order inside the batch, nor on which worker held what: each worker adds up
-its own part while it trains (half a microsecond a sample), and the parts meet when a checkpoint is written.
+cause (of a step without an update, see ``health``, all are). A sum does not depend on the order inside the batch,
+nor on which worker held what: each worker adds up its own part while it trains (half a microsecond a sample), and
+the parts meet when a checkpoint is written.
 
 Layout, below the run's folder::
 
@@ -143,12 +144,14 @@ class ConsumptionRecorder:
         self._run, self._newest = run, newest
         self._hashes = {name: SampleHash(digest) for name, digest in shards.items()}
         self._steps: list[StepRecord] = []
+        self._trained: list[tuple[int, int]] = []  # (shard, row) of this worker in the step at hand
 
     def add(self, step: int, batch: TrainingBatch) -> None:
         """Note what this worker trains on in ``step``, counted from 1; once for each of its contrastive batches."""
         slot = batch.slots[0]  # a step is of one dataset and one epoch
         if not self._steps or self._steps[-1].step != step:
             self._steps.append(StepRecord(step, slot.dataset, slot.epoch))
+            self._trained = []
         record = self._steps[-1]
         trained = []
         for place, cause in zip(batch.slots, batch.causes, strict=True):
@@ -164,6 +167,14 @@ class ConsumptionRecorder:
         if trained:
             record.digest = (record.digest + self._hashes[slot.dataset].total(np.array(trained))) % MODULUS
             record.trained += len(trained)
+            self._trained += trained
+
+    def leave_out(self, step: int, cause: str) -> None:
+        """Note that the step at hand, whose batches are all noted, moved no weights: its samples count as masked."""
+        record = self._steps[-1]
+        assert record.step == step
+        record.masked += [Masked(shard, row, cause) for shard, row in self._trained]
+        record.digest, record.trained, self._trained = 0, 0, []
 
     def take(self, context: WorkerContext) -> list[StepRecord]:
         """The steps since the last part, of all workers together, to be written by worker 0. Collective."""

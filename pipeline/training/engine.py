@@ -74,10 +74,15 @@ def optimizer_step(engine: Any, train: Recipe) -> None:
     """The engine's own step, which acts on the last accumulation part only; then gradients that must not stay."""
     updates = engine.is_gradient_accumulation_boundary()
     engine.step()
-    if train.zero_stage == 3 and updates:
+    if train.zero_stage and updates:
         # A parameter that the next step leaves out (another modality, fewer objectives) would be updated with
-        # its old gradient once more: stage 3 keeps them in this buffer.
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
+        # its old gradient once more: stage 3 keeps them in this buffer, an offloaded optimizer in those.
+        if train.zero_stage == 3:
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            for partition in getattr(engine.optimizer, name, []):
+                if partition.grad is not None:
+                    partition.grad.zero_()
 
 
 def gradient_norm(engine: Any) -> float:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder, Ordered
+from pipeline.training.health.stacks import write_stacks_on_signal
 from pipeline.training.transport import SharedPixels, send_batches_through_slots
 
 #: Batches that each loader process works on ahead of the training.
@@ -145,3 +146,4 @@ def _begin_loader_process(_: int) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     send_batches_through_slots()
+    write_stacks_on_signal()
