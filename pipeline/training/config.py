@@ -60,7 +60,7 @@ class AugmentationBlock(Block):
 
 
 class ScheduleBlock(Block):
-    """Learning-rate schedule over the whole run: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
+    """Learning-rate schedule of the run or of a stage: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
 
     warmup: Fraction = 0.1
     decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -80,6 +80,16 @@ class Stage(Block):
     )
     global_batch: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="default: train.global_batch"
+    )
+    accumulation: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="default: train.accumulation"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="peak of this stage; default: train.learning_rate"
+    )
+    schedule: ScheduleBlock | None = Field(
+        default=None,
+        description="over this stage's own steps; default: train.schedule, over the steps of the stages without one",
     )
     checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="steps; the stage's end always"
@@ -127,7 +137,9 @@ class Recipe(Block):
     clipping: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="largest gradient norm; null: none"
     )
-    schedule: ScheduleBlock = ScheduleBlock()
+    schedule: ScheduleBlock = Field(
+        default=ScheduleBlock(), description="over the steps of all stages that have none of their own"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each block in the backward instead of keeping its activations"
     )
@@ -166,8 +178,8 @@ class Recipe(Block):
             )
         return self
 
-    def _check_global_batch(self, batch: int, where: str) -> None:
-        unit = self.lanes * self.accumulation
+    def _check_global_batch(self, batch: int, where: str, accumulation: int | None = None) -> None:
+        unit = self.lanes * (accumulation or self.accumulation)
         if batch % unit:
             raise ValueError(
                 f"{where}: a global batch of {batch} is not a multiple of lanes x accumulation "
@@ -185,9 +197,21 @@ class Course(Recipe):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def batch_of(self, stage: Stage) -> int:
+        """Samples of an optimizer step of a stage, over all workers."""
+        return stage.global_batch or self.global_batch
+
+    def accumulation_of(self, stage: Stage) -> int:
+        """Contrastive batches of an optimizer step of a stage."""
+        return stage.accumulation or self.accumulation
+
     def parts(self, stage: Stage) -> int:
         """In how many parts a worker computes its share of a stage's contrastive batch."""
         return 1
+
+    def backwards(self, stage: Stage) -> int:
+        """Backward passes of a worker in an optimizer step of a stage: DeepSpeed's accumulation steps."""
+        return self.accumulation_of(stage) * self.parts(stage)
 
 
 class TrainBlock(Course):
@@ -205,27 +229,25 @@ class TrainBlock(Course):
     stages: Annotated[list[StageBlock], Field(min_length=1)]
 
     def parts(self, stage: Stage) -> int:
-        share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
+        share = self.batch_of(stage) // (self.accumulation_of(stage) * self.workers)
         return share // self.micro_batch if self.micro_batch else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for stage in self.stages:
-            batch = stage.global_batch or self.global_batch
-            self._check_global_batch(batch, f"stage '{stage.name}'")
-            self._check_micro_batch(stage, batch)
-        if len({self.parts(stage) for stage in self.stages}) > 1:
-            raise ValueError(
-                "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
+            self._check_global_batch(
+                self.batch_of(stage), f"stage '{stage.name}'", self.accumulation_of(stage)
             )
+            self._check_micro_batch(stage)
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"train.stages: two stages are named '{name}'")
         return self
 
-    def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
-        group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)
+    def _check_micro_batch(self, stage: StageBlock) -> None:
+        contrastive = self.batch_of(stage) // self.accumulation_of(stage)
+        group, share = contrastive // self.lanes, contrastive // self.workers
         if self.micro_batch is not None and (share % self.micro_batch or self.micro_batch % group):
             possible = [size for size in divisors(share) if size % group == 0]
             raise ValueError(

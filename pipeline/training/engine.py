@@ -10,7 +10,7 @@ from cluster.engine import prepare_deepspeed
 from cluster.workers import WorkerContext
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLPreTrainedModel
 from pipeline.config import ModelBlock
-from pipeline.training.config import Course, Recipe, TrainBlock
+from pipeline.training.config import Course, Recipe, Stage, TrainBlock
 from sharding.seeds import derive_seed
 
 
@@ -33,10 +33,11 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
 
 def deepspeed_config(train: Course) -> dict[str, Any]:
     """The ``deepspeed`` block, completed by what is decided elsewhere (see ``config.DEEPSPEED_OWNED``)."""
-    backwards = train.accumulation * train.parts(train.stages[0])
+    first = train.stages[0]
+    backwards = train.backwards(first)
     config: dict[str, Any] = {
         **train.deepspeed,
-        "train_micro_batch_size_per_gpu": train.global_batch // (backwards * train.workers),
+        "train_micro_batch_size_per_gpu": train.batch_of(first) // (backwards * train.workers),
         "gradient_accumulation_steps": backwards,
         "gradient_clipping": train.clipping or 0.0,
     }
@@ -68,6 +69,19 @@ def build_engine(
     optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(train))
     return engine, peaks
+
+
+def begin_stage(engine: Any, train: Course, stage: Stage) -> None:
+    """Tell the engine how many backward passes make a step from here on, and that none of them is done yet.
+
+    Only between steps: a gradient that is half collected would be counted wrong.
+    """
+    backwards = train.backwards(stage)
+    engine.set_train_micro_batch_size(train.batch_of(stage) // (backwards * train.workers))
+    engine.set_train_batch_size(train.batch_of(stage))
+    engine.micro_steps = 0  # the boundary is where this count, from 1, is a multiple of the passes
+    if train.zero_stage:
+        engine.optimizer.gradient_accumulation_steps = backwards  # its copy: whether it sums before the norm
 
 
 def optimizer_step(engine: Any, train: Recipe) -> None:

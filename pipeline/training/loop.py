@@ -31,11 +31,11 @@ from pipeline.training.checkpoints import (
 )
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import ConsumptionRecorder, PartReference
-from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
+from pipeline.training.engine import begin_stage, build_engine, gradient_norm, optimizer_step
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
-from pipeline.training.schedule import learning_rate_scale, set_learning_rates
+from pipeline.training.schedule import learning_rate_at, set_learning_rates
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
 def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int) -> None:
     """Train one stage from its own step ``start``; ``first`` is the run's step at which the stage begins."""
     plan = worker.plan
+    begin_stage(worker.engine, plan.course, stage)
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     for step in range(first + start, first + stage.steps):
@@ -190,9 +191,10 @@ def _train_step(
     waited = 0.0
     samples = 0
     totals: dict[str, float] = {}
-    scale = learning_rate_scale(step, course.total_steps, course.schedule)
+    scale = learning_rate_at(course, step)
+    accumulation = course.accumulation_of(stage)
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
-    for number in range(course.accumulation):
+    for number in range(accumulation):
         batch, seconds = next(batches)
         waited += seconds
         worker.consumption.add(step + 1, batch)
@@ -202,7 +204,7 @@ def _train_step(
         optimizer_step(engine, course)
         samples += len(batch.keys) * context.world_size
         for name, value in {**found.losses, **found.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / course.accumulation
+            totals[name] = totals.get(name, 0.0) + float(value) / accumulation
     return _record(worker, stage, totals, scale, samples, began, waited)
 
 
