@@ -91,7 +91,9 @@ class StageSampler(Sampler[list[Slot]]):
     @property
     def group_size(self) -> int:
         """Samples that one lane gives to one contrastive batch."""
-        return self._train.batch_of(self._stage) // (self._train.lanes * self._train.accumulation_of(self._stage))
+        return self._train.batch_of(self._stage) // (
+            self._train.lanes * self._train.accumulation_of(self._stage)
+        )
 
     @property
     def batch_size(self) -> int:

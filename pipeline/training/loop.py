@@ -30,7 +30,7 @@ from pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from pipeline.training.config import Course, Stage
-from pipeline.training.consumption import ConsumptionRecorder, PartReference
+from pipeline.training.consumption import ConsumptionRecorder, PartReference, refuse_other_shards
 from pipeline.training.engine import begin_stage, build_engine, gradient_norm, optimizer_step
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
@@ -109,6 +109,9 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn, place=course.PLACE
     )
     step = newest.step if newest else 0
+    shards = {name: data.shards_digest for name, data in learner.data.items()}
+    if newest is not None:
+        refuse_other_shards(newest.record, shards, course, plan.run.url_of(newest.path))
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
         logger.info("%s at step %d of %d", "resuming" if newest else "starting", step, course.total_steps)
@@ -128,7 +131,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             peaks=peaks,
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
-            consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            consumption=ConsumptionRecorder(plan.run, shards, consumed),
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -140,15 +143,11 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
 
 
 def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
-    """What a checkpoint must agree on for the run to go on from it.
-
-    Samples may be retracted while a run goes on: what its shards hold must be the same.
-    """
+    """What a checkpoint must agree on for the run to go on from it, besides what the shards hold."""
     return {
         "seed": plan.seed,
         "zero_stage": plan.course.zero_stage,
         "precision": plan.course.precision,
-        "shards": {name: data.shards_digest for name, data in learner.data.items()},
         **learner.identity(),
     }
 
@@ -264,6 +263,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
         details={
             **_identity(plan, learner),
             **learner.details(),
+            "shards": {name: data.shards_digest for name, data in learner.data.items()},
             "consumption": asdict(consumed),
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,

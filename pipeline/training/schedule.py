@@ -11,6 +11,7 @@ changes no other step. A stage's own peak scales whichever schedule it follows. 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.training.config import Course, ScheduleBlock
@@ -31,6 +32,16 @@ def learning_rate_scale(step: int, total_steps: int, schedule: ScheduleBlock) ->
     if schedule.decay == "linear":
         return remaining
     return 0.5 * (1.0 + math.cos(math.pi * (1.0 - remaining)))
+
+
+def stages_begun(steps: Sequence[int], done: int) -> int:
+    """How many of the stages, which take ``steps`` each, have trained at least one of ``done`` steps."""
+    first = 0
+    for number, length in enumerate(steps):
+        if done <= first:
+            return number
+        first += length
+    return len(steps)
 
 
 def learning_rate_at(course: Course, step: int) -> float:
