@@ -14,28 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.training.deepspeed_block import check_block
 from sharding.order import LARGEST_WINDOW
 
 ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
 
 #: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
 PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
-
-#: Keys of DeepSpeed's configuration that a recipe decides elsewhere, and where.
-DEEPSPEED_OWNED = {
-    "train_batch_size": ("global_batch",),
-    "train_micro_batch_size_per_gpu": ("global_batch", "accumulation", "workers"),
-    "gradient_accumulation_steps": ("accumulation",),
-    "gradient_clipping": ("clipping",),
-    "optimizer": ("learning_rate", "betas", "eps", "weight_decay"),
-    "scheduler": ("schedule",),
-    "bf16": ("precision",),
-    "fp16": ("precision",),
-    "torch_autocast": ("precision",),
-    "compile": ("compile",),
-    "activation_checkpointing": ("activation_checkpointing",),
-    "checkpoint": (),
-}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -159,14 +144,7 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _runs(self) -> Self:
         place = self.PLACE
-        for key, owners in DEEPSPEED_OWNED.items():
-            if key in self.deepspeed:
-                where = " and ".join(f"{place}.{owner}" for owner in owners) or "the checkpoints block"
-                raise ValueError(f"{place}.deepspeed.{key} is decided by {where}: set it there")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(
-                f"{place}.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
-            )
+        check_block(self.deepspeed, self.precision, place)
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError(
                 f"{place}.precision: bf16 needs {place}.deepspeed.zero_optimization.stage 1, 2 or 3"

@@ -32,7 +32,7 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
 
 
 def deepspeed_config(train: Course) -> dict[str, Any]:
-    """The ``deepspeed`` block, completed by what is decided elsewhere (see ``config.DEEPSPEED_OWNED``)."""
+    """The ``deepspeed`` block, completed by what is decided elsewhere (see ``deepspeed_block``)."""
     first = train.stages[0]
     backwards = train.backwards(first)
     config: dict[str, Any] = {
@@ -43,9 +43,10 @@ def deepspeed_config(train: Course) -> dict[str, Any]:
     }
     config.setdefault("steps_per_print", 2**31)  # the job reports by itself
     if train.precision == "bf16-autocast":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        own = train.deepspeed.get("torch_autocast", {})
+        config["torch_autocast"] = {**own, "enabled": True, "dtype": "bfloat16"}
     elif train.precision != "fp32":
-        config[train.precision] = {"enabled": True}
+        config[train.precision] = {**train.deepspeed.get(train.precision, {}), "enabled": True}
     if train.zero_stage:
         # An offloaded optimizer is torch's AdamW too: DeepSpeed's own is compiled at first use.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
