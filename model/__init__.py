@@ -24,7 +24,7 @@ from model.glscl import (
     TextFeatures,
     VisionFeatures,
 )
-from model.importers import ImportReport, WeightImportError, WeightKind, import_weights
+from model.importers import ImportReport, WeightImportError, WeightKind, import_weights, plan_import
 from model.masking import PretrainingMasks, draw_masks
 from model.nlvr2 import GLSCLForNLVR2, GLSCLNLVR2Output
 from model.pretraining import GLSCLForPreTraining, GLSCLPreTrainingOutput
@@ -73,6 +73,7 @@ __all__ = [
     "backward_in_parts",
     "draw_masks",
     "import_weights",
+    "plan_import",
     "text_grids",
     "word_maps",
     "words_on_grid",

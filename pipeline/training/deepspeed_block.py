@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from sharding.errors import UserError
 
 #: Keys that a recipe decides elsewhere, and where.
 OWNED = {
@@ -167,6 +170,32 @@ def check_block(block: Mapping[str, Any], precision: str, place: str) -> None:
         _check_values(block, precision, place)
 
 
+def check_offload(block: Mapping[str, Any], place: str) -> None:
+    """On a worker, before anything is made: whether what is offloaded to NVMe can go there.
+
+    Raises:
+        UserError: DeepSpeed's ``async_io`` cannot be used here, or the folder is not one that can be written.
+    """
+    for name in ("offload_optimizer", "offload_param"):
+        if offload_device(block, name) != "nvme":
+            continue
+        field = f"{place}.deepspeed.zero_optimization.{name}"
+        path = block["zero_optimization"][name].get("nvme_path")
+        if path is None:
+            raise UserError(f"{field}: device nvme needs nvme_path, a folder on every worker's machine")
+        if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{field}.nvme_path: {path} is no folder that can be written on {platform.node()}"
+            )
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                f"{field}: device nvme needs DeepSpeed's async_io, which cannot be built on {platform.node()}: it "
+                "needs libaio with its headers (libaio-dev), and a compiler; device cpu needs neither"
+            )
+
+
 def offload_device(block: Mapping[str, Any], name: str) -> str:
     """Where ``offload_optimizer`` or ``offload_param`` puts what it is named for: ``none``, ``cpu`` or ``nvme``."""
     offload = block.get("zero_optimization", {}).get(name) or {}
@@ -237,7 +266,9 @@ def _models() -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, a warning is printed that there is no GPU
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # without it, a warning is printed that there is no GPU
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

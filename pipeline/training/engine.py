@@ -11,7 +11,7 @@ from cluster.workers import WorkerContext
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLPreTrainedModel
 from pipeline.config import ModelBlock
 from pipeline.training.config import Course, Recipe, Stage, TrainBlock
-from sharding.seeds import derive_seed
+from pipeline.training.partitioned import draw_weights, making_a_model
 
 
 def model_config(block: ModelBlock) -> GLSCLConfig:
@@ -19,10 +19,20 @@ def model_config(block: ModelBlock) -> GLSCLConfig:
     return GLSCLConfig.preset(block.preset, **block.overrides)
 
 
-def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreTraining:
-    """GLSCL with weights drawn from the run's seed: the same on every worker."""
-    torch.manual_seed(derive_seed(seed, "initialisation"))
-    model = GLSCLForPreTraining(model_config(block))
+def build_model(
+    block: ModelBlock, train: TrainBlock, seed: int, device: torch.device | None = None
+) -> GLSCLForPreTraining:
+    """GLSCL with weights drawn from the run's seed: the same on every worker.
+
+    Args:
+        device: the worker's. Given, ZeRO 3 partitions the model while it is made (collective); None: it stays whole.
+    """
+    partitioned = train.zero_stage == 3 and device is not None
+    if device is not None:
+        prepare_deepspeed(device)
+    with making_a_model(deepspeed_config(train) if partitioned else None):
+        model = GLSCLForPreTraining(model_config(block))
+    draw_weights(model, seed)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     if train.compile:
@@ -102,3 +112,14 @@ def gradient_norm(engine: Any) -> float:
     """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def loss_scale(engine: Any) -> float:
+    """Factor on the loss before the backward, which keeps small gradients above fp16's smallest number (bf16: 1).
+
+    NaN in fp32.
+    """
+    if not (engine.fp16_enabled() or engine.bfloat16_enabled()):
+        return float("nan")
+    scale = getattr(engine.optimizer, "loss_scale", None)
+    return float("nan") if scale is None else float(scale)

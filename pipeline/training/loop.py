@@ -31,7 +31,14 @@ from pipeline.training.checkpoints import (
 )
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import ConsumptionRecorder, PartReference, refuse_other_shards
-from pipeline.training.engine import begin_stage, build_engine, gradient_norm, optimizer_step
+from pipeline.training.deepspeed_block import check_offload
+from pipeline.training.engine import (
+    begin_stage,
+    build_engine,
+    gradient_norm,
+    loss_scale,
+    optimizer_step,
+)
 from pipeline.training.health import BadSampleGuard
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
@@ -103,6 +110,7 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
     course = plan.course
     started = time.monotonic()
     learner = plan.subject.learner(context, plan.scratch)
+    check_offload(course.deepspeed, course.PLACE)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
     newest = resume(
@@ -225,6 +233,7 @@ def _record(
     record |= {f"train/{name}": value for name, value in totals.items() if name not in losses}
     record |= {f"learning_rate/{name}": peak * scale for name, peak in _rates(worker).items()}
     record["train/gradient_norm"] = gradient_norm(worker.engine)
+    record["train/loss_scale"] = loss_scale(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
     record["time/step_s"] = elapsed
     record["time/waiting_for_data_share"] = waited / elapsed
