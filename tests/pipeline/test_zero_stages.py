@@ -54,12 +54,17 @@ def plain() -> Any:
 def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]], way: str) -> None:
     assert len(got) == len(want) == 6, way
     for step, (one, other) in enumerate(zip(got, want, strict=True)):
-        assert one == pytest.approx(other, nan_ok=True, **TOLERANCE), f"{way}, step {step}"
+        assert one.keys() == other.keys(), way
+        for name, value in one.items():
+            if name == "norm" and value != value:
+                assert way.startswith("ZeRO-0")  # which does not say
+            else:
+                assert value == pytest.approx(other[name], **TOLERANCE), f"{way}, step {step}, {name}"
 
 
 def test_loss_curves_of_all_stages_agree_at_1_2_and_4_workers(found: dict[int, list[dict[str, Any]]]) -> None:
-    want = found[1][0]["ZeRO-0"]["curve"]
-    assert any(step["norm"] > 0.5 for step in want)  # clipping acts
+    want = found[1][0]["ZeRO-1"]["curve"]
+    assert all(step["norm"] > 0.5 for step in want)  # clipping acts
     assert set(want[0]) == {"itc", "itm", "mlm", "mgsc", "mltc", "norm"}
     assert set(want[5]) == {"itc", "itm", "mlm", "norm"}
     for workers, ranks in found.items():
@@ -74,7 +79,7 @@ def test_loss_curves_of_all_stages_agree_at_1_2_and_4_workers(found: dict[int, l
 @pytest.mark.parametrize("way", zero_run.OPTIONS)
 def test_options_change_the_cost_and_not_the_curve(found: dict[int, list[dict[str, Any]]], way: str) -> None:
     for rank in found[2]:
-        assert_same_curve(rank[way]["curve"], found[1][0]["ZeRO-0"]["curve"], way)
+        assert_same_curve(rank[way]["curve"], found[1][0]["ZeRO-1"]["curve"], way)
 
 
 def test_options_reach_the_engine(found: dict[int, list[dict[str, Any]]], folder: Path) -> None:
