@@ -31,9 +31,10 @@ from pipeline.fine_tuning.launch import FineTuningSetup
 from pipeline.lease import Lease, hold
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
-from pipeline.runs import RunFolder, open_run_folder, run_path
+from pipeline.runs import ConfigurationRefused, RunFolder, open_run_folder, run_path
 from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
+from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.health.memory import advice
@@ -258,10 +259,17 @@ def _tracked_run(
     job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset]
 ) -> Iterator[tuple[RunFolder, Tracker]]:
     """The run's folder and its MLflow run, whose status tells how the block ended."""
-    run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
+    config = job.tracking.resolved(Path.cwd())
+    try:
+        run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
+    except ConfigurationRefused as error:
+        changes = error.run.changes
+        if error.run.tracking_run is not None:
+            log_refusal(config, error.run.tracking_run, len(changes), changes[-1])
+        raise
     digests = {f"data.{name}": dataset.manifest.digest for name, dataset in prepared.items()}
     tracker = Tracker(
-        job.tracking.resolved(Path.cwd()),
+        config,
         name=job.name,
         key=run.key,
         params=flatten_params(job),
@@ -269,6 +277,8 @@ def _tracked_run(
         existing_run_id=run.tracking_run,
         on_open=run.note_tracking,
     )
+    for number, change in enumerate(run.changes, start=1):
+        tracker.change(number, change)
     status = "FAILED"
     try:
         yield run, tracker

@@ -30,10 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.errors import BadData
+from pipeline.training.schedule import stages_begun
+from sharding.errors import BadData, UserError
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerContext
+    from pipeline.training.config import Course
     from pipeline.training.loading import TrainingBatch
     from sharding.storage import Storage
 
@@ -59,6 +61,31 @@ _SCHEMA = pa.schema(
         ),
     ]
 )
+
+
+def refuse_other_shards(
+    record: Mapping[str, Any], shards: Mapping[str, str], course: Course, url: str
+) -> None:
+    """Refuse to go on where what was trained on is not what lies there now.
+
+    Samples may be retracted while a run goes on: what its shards hold must be the same. Stages to come may be given
+    other data.
+
+    Args:
+        record: of the checkpoint at ``url``, from which the run goes on.
+        shards: digest of the shards of each dataset as they are now.
+
+    Raises:
+        UserError: names the dataset.
+    """
+    begun = stages_begun([stage.steps for stage in course.stages], record["step"])
+    for name in sorted({name for stage in course.stages[:begun] for name in stage.mixture}):
+        if record["shards"][name] != shards[name]:
+            raise UserError(
+                f"{url} was trained on other shards of '{name}' (digest {record['shards'][name][:12]}) than lie "
+                f"there now ({shards[name][:12]}); a run goes on with what it began with: give the job another "
+                "name to start anew"
+            )
 
 
 @dataclass(frozen=True, order=True)

@@ -29,8 +29,20 @@ from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_ch
 from pipeline.training.checkpoints.resuming import resume
 from pipeline.training.checkpoints.writer import CheckpointWriter
 from pipeline.training.config import Course, Stage
-from pipeline.training.consumption import ConsumptionRecorder, PartReference, StepRecord
-from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
+from pipeline.training.consumption import (
+    ConsumptionRecorder,
+    PartReference,
+    StepRecord,
+    refuse_other_shards,
+)
+from pipeline.training.deepspeed_block import check_offload
+from pipeline.training.engine import (
+    begin_stage,
+    build_engine,
+    gradient_norm,
+    loss_scale,
+    optimizer_step,
+)
 from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.memory import explained
 from pipeline.training.health.monitor import Monitor
@@ -41,7 +53,7 @@ from pipeline.training.health.windows import again_after_rollback, freed_by_roll
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
 from pipeline.training.preemption import Preemption
-from pipeline.training.schedule import learning_rate_scale, set_learning_rates
+from pipeline.training.schedule import learning_rate_at, set_learning_rates
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -127,10 +139,14 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
     phases.long("start")
     preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
+    check_offload(course.deepspeed, course.PLACE)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
     newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
+    shards = {name: data.shards_digest for name, data in learner.data.items()}
+    if newest is not None:
+        refuse_other_shards(newest.record, shards, course, plan.run.url_of(newest.path))
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
         logger.info("%s at step %d of %d", "resuming" if newest else "starting", step, course.total_steps)
@@ -141,7 +157,7 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
-    consumption = ConsumptionRecorder(plan.run, identity["shards"], consumed)
+    consumption = ConsumptionRecorder(plan.run, shards, consumed)
     judged = newest.record["health"] if newest else None
     checkpoints = CheckpointWriter(plan.run, context, plan.scratch, committed=partial(_tidy, plan))
     with freed_by_rollback(engine), closing(metrics) if metrics else nullcontext(), closing(checkpoints):
@@ -172,14 +188,10 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
 
 
 def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
-    """What a checkpoint must agree on for the run to go on from it.
-
-    Samples may be retracted while a run goes on: what its shards hold must be the same.
-    """
+    """What a checkpoint must agree on for the run to go on from it, besides what the shards hold."""
     return {
         "seed": plan.seed,
         "precision": plan.course.precision,
-        "shards": {name: data.shards_digest for name, data in learner.data.items()},
         **learner.identity(),
     }
 
@@ -187,6 +199,7 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
 def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int) -> None:
     """Train one stage from its own step ``start``; ``first`` is the run's step at which the stage begins."""
     plan = worker.plan
+    begin_stage(worker.engine, plan.course, stage)
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     worker.preemption.agree()
@@ -196,7 +209,7 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         done = step + 1
         worker.phases.step(done, long=step == first + start)
         if worker.health.leaves_out(done):
-            record = _leave_out(worker, step, batches)
+            record = _leave_out(worker, stage, step, batches)
         else:
             record = _train_step(worker, stage, step, batches)
         if worker.metrics is not None:
@@ -232,10 +245,11 @@ def _train_step(
     waited = 0.0
     samples = 0
     totals: dict[str, float] = {}
-    scale = learning_rate_scale(step, course.total_steps, course.schedule)
+    scale = learning_rate_at(course, step)
+    accumulation = course.accumulation_of(stage)
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
     worker.health.begin()
-    for number in range(course.accumulation):
+    for number in range(accumulation):
         with worker.phases.phase("data"):
             batch, seconds = next(batches)
         waited += seconds
@@ -245,13 +259,11 @@ def _train_step(
         with worker.phases.phase("forward and backward"):
             found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
             worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
-        if number + 1 < course.accumulation:
-            optimizer_step(
-                engine, course
-            )  # counts the part; the last one's is made once the whole step is judged
+        if number + 1 < accumulation:
+            optimizer_step(engine, course)  # counts the part; the last one's is made once the step is judged
         samples += len(batch.keys) * context.world_size
         for name, value in {**found.losses, **found.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / course.accumulation
+            totals[name] = totals.get(name, 0.0) + float(value) / accumulation
     weights = worker.learner.weights(stage)
     with worker.phases.phase("optimizer"):
         totals |= worker.health.finish(
@@ -261,10 +273,10 @@ def _train_step(
 
 
 def _leave_out(
-    worker: _Worker, step: int, batches: Iterator[tuple[TrainingBatch, float]]
+    worker: _Worker, stage: Stage, step: int, batches: Iterator[tuple[TrainingBatch, float]]
 ) -> dict[str, float]:
     """A step that a rollback left out: its batches are drawn and noted, and that is all."""
-    for _ in range(worker.plan.course.accumulation):
+    for _ in range(worker.plan.course.accumulation_of(stage)):
         with worker.phases.phase("data"):
             batch, _ = next(batches)
         worker.consumption.add(step + 1, batch)
@@ -291,6 +303,7 @@ def _record(
     }
     record |= {f"learning_rate/{name}": peak * scale for name, peak in _rates(worker).items()}
     record["train/gradient_norm"] = gradient_norm(worker.engine)
+    record["train/loss_scale"] = loss_scale(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
     record["time/step_s"] = elapsed
     record["time/waiting_for_data_share"] = waited / elapsed
@@ -329,6 +342,7 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
         details={
             **_identity(plan, learner),
             **learner.details(),
+            "shards": {name: data.shards_digest for name, data in learner.data.items()},
             "zero_stage": plan.course.zero_stage,
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,

@@ -77,7 +77,7 @@ class Pretraining:
 
     def build_model(self) -> GLSCLForPreTraining:
         job, rank = self._job, self._context.rank
-        model = build_model(job.model, job.train, job.seed)
+        model = build_model(job.model, job.train, job.seed, self._context.device)
         folder = self._scratch / f"weights-{rank}"
         load_weights(model, job.model.weights, self._storage, folder, tell=rank == 0)
         return model

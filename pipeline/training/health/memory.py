@@ -102,8 +102,8 @@ def _total(where: str, device: torch.device | None) -> str:
 
 def _share(course: Course) -> int:
     """Samples that a worker has at once in the largest stage, all parts together."""
-    largest = max(stage.global_batch or course.global_batch for stage in course.stages)
-    return largest // (course.accumulation * course.workers)
+    contrastive = (course.batch_of(stage) // course.accumulation_of(stage) for stage in course.stages)
+    return max(contrastive) // course.workers
 
 
 def _sizes(course: Course) -> str:
