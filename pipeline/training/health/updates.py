@@ -44,7 +44,7 @@ def drop_update(engine: Any, recipe: Recipe) -> None:
     """Ends a global batch without an update: its gradients are gone, the engine's counters go on. Collective."""
     assert engine.is_gradient_accumulation_boundary()
     optimizer = engine.optimizer
-    if not hasattr("overflow"):
+    if not hasattr(optimizer, "overflow"):
         engine.zero_grad()
         optimizer_step(engine, recipe)
         return
