@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from cluster.board import Board
 from cluster.config import ClusterConfig
@@ -228,7 +229,8 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up)."""
+    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up), and
+    there is no process for Ray Data, which no worker here reads from."""
 
     controller: Any = None
 
@@ -244,6 +246,13 @@ class _Trainer(TorchTrainer):
         if self._progress is not None:
             options["failure_policy"] = DeathsInARow(self.run_config.failure_config, self._progress)
         return super()._initialize_and_run_controller(**options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
