@@ -37,7 +37,6 @@ from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
-from pipeline.training.health.memory import advice
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -333,6 +332,7 @@ def _train(
 ) -> None:
     # Here: with them come torch, DeepSpeed and the model, which preparing and mistakes do without.
     from cluster.workers import run_workers
+    from pipeline.training.health.memory import advice
     from pipeline.training.loop import TrainingPlan, train
     from pipeline.training.pretraining import PretrainingSubject
 
