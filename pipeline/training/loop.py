@@ -17,10 +17,11 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.goodput.records import AttemptRecorder
+from pipeline.goodput.utilisation import Utilisation
 from pipeline.tracking import MetricLogger, TrackingConfig
 from pipeline.training.checkpoints import (
     Checkpoint,
@@ -90,6 +91,8 @@ class _Worker:
     metrics: MetricLogger | None
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
+    time: AttemptRecorder
+    utilisation: Utilisation
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -100,14 +103,22 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, BadDataLimit: see ``health``.
     """
+    with AttemptRecorder(plan.run if context.rank == 0 else None, context.world_size) as recorder:
+        _train(context, plan, recorder)
+
+
+def _train(context: WorkerContext, plan: TrainingPlan, recorder: AttemptRecorder) -> None:
     course = plan.course
     started = time.monotonic()
-    learner = plan.subject.learner(context, plan.scratch)
-    engine, peaks = build_engine(learner.build_model(), course, context)
+    with recorder.clock.phase("build"):
+        learner = plan.subject.learner(context, plan.scratch)
+        engine, peaks = build_engine(learner.build_model(), course, context)
+        utilisation = Utilisation(learner.step_flops, course.precision, context, recorder)
     identity = _identity(plan, learner)
-    newest = resume(
-        engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn, place=course.PLACE
-    )
+    with recorder.clock.phase("resume"):
+        newest = resume(
+            engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn, place=course.PLACE
+        )
     step = newest.step if newest else 0
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
@@ -129,6 +140,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
             consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            time=recorder,
+            utilisation=utilisation,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -156,53 +169,47 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
 def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int) -> None:
     """Train one stage from its own step ``start``; ``first`` is the run's step at which the stage begins."""
     plan = worker.plan
-    batches = _timed(worker.learner.loader(stage, start))
+    batches = iter(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     for step in range(first + start, first + stage.steps):
-        record = _train_step(worker, stage, step, batches)
         done = step + 1
+        with worker.time.step(done):
+            record = _train_step(worker, stage, step, batches)
         if worker.metrics is not None:
             worker.metrics.log(done, record)
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
         if last or (done - first) % every == 0:
-            _checkpoint(worker, index, done, stage_end=last)
-
-
-def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
-    """Batches, each with the seconds the training waited for it."""
-    iterator = iter(loader)
-    while True:
-        asked = time.monotonic()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - asked
+            with worker.time.clock.phase("checkpoint"):
+                _checkpoint(worker, index, done, stage_end=last)
 
 
 def _train_step(
-    worker: _Worker, stage: Stage, step: int, batches: Iterator[tuple[TrainingBatch, float]]
+    worker: _Worker, stage: Stage, step: int, batches: Iterator[TrainingBatch]
 ) -> dict[str, float]:
     """One optimizer step over ``accumulation`` contrastive batches; returns what is worth tracking."""
-    course, context, engine = worker.plan.course, worker.context, worker.engine
-    began = time.monotonic()
-    waited = 0.0
+    course, context, engine, clock = worker.plan.course, worker.context, worker.engine, worker.time.clock
+    began, waited = time.monotonic(), clock.seconds()["data"]
     samples = 0
     totals: dict[str, float] = {}
     scale = learning_rate_scale(step, course.total_steps, course.schedule)
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
     for number in range(course.accumulation):
-        batch, seconds = next(batches)
-        waited += seconds
+        with clock.phase("data"):
+            batch = next(batches)
         worker.consumption.add(step + 1, batch)
+        worker.utilisation.add(stage, batch)
         batch = batch.to(context.device)
-        found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
+        with clock.phase("forward and backward"):
+            found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
         worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
-        optimizer_step(engine, course)
+        with clock.phase("optimizer"):
+            optimizer_step(engine, course)
         samples += len(batch.keys) * context.world_size
         for name, value in {**found.losses, **found.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(value) / course.accumulation
+    waited = clock.seconds()["data"] - waited
     return _record(worker, stage, totals, scale, samples, began, waited)
 
 
@@ -225,6 +232,7 @@ def _record(
     record |= {f"learning_rate/{name}": peak * scale for name, peak in _rates(worker).items()}
     record["train/gradient_norm"] = gradient_norm(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
+    record |= worker.utilisation.of_step(elapsed)
     record["time/step_s"] = elapsed
     record["time/waiting_for_data_share"] = waited / elapsed
     record["memory/worker_rss_gib"] = psutil.Process().memory_info().rss / 2**30
