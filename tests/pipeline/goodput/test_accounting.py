@@ -13,7 +13,9 @@ LIVES = [Life(0, 400), Life(1000, 2000, evaluating=1800)]
 ATTEMPTS = [
     Attempt(20, 200, {"start": 10, "compute": 100, "data": 20, "checkpoint": 30, "other": 20}, 2, step=100),
     Attempt(230, 390, {"start": 10, "redone": 40, "compute": 60, "data": 30}, 2, step=150, redone=40),
-    Attempt(1030, 1790, {"start": 15, "redone": 25, "skipped": 2, "compute": 700}, 2, 900, redone=25, skipped=1),
+    Attempt(
+        1030, 1790, {"start": 15, "redone": 25, "skipped": 2, "compute": 700}, 2, 900, redone=25, skipped=1
+    ),
 ]
 
 
@@ -26,7 +28,8 @@ def test_every_second_has_one_cause() -> None:
         "checkpoint": 30,
         "evaluation": 200,
         "start": 20 + 10,  # the driver's beginning, the workers' processes, their building
-        "restart": (30 + 10) + (10 + 30 + 15),  # death to new steps; the second time around the time without driver
+        "restart": (30 + 10)
+        + (10 + 30 + 15),  # death to new steps; the second time around the time without driver
         "redone": 65,
         "skipped": 2,
         "down": 600,
