@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -42,6 +42,20 @@ from sharding.storage import Storage
 logger = logging.getLogger(__name__)
 
 
+class RehearsalOver(Exception):
+    """Raised on every worker by :meth:`Rehearsal.step` when enough steps were rehearsed."""
+
+
+class Rehearsal(Protocol):
+    """Some steps of which nothing is kept: no checkpoint, no metric, no record of their time."""
+
+    def begin(self, engine: Any) -> None:
+        """Called once, before the first step."""
+
+    def step(self) -> None:
+        """Called after each step. Raises :class:`RehearsalOver` at the last one."""
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """All that a worker needs to know; travels from the driver to the workers.
@@ -58,6 +72,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        rehearsal: train some steps for their own sake (a profile).
     """
 
     subject: Subject
@@ -71,6 +86,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    rehearsal: Rehearsal | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -103,7 +119,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         UserError: the run was begun with other data, workers or ZeRO stage.
         NonFiniteLoss, BadDataLimit: see ``health``.
     """
-    with AttemptRecorder(plan.run if context.rank == 0 else None, context.world_size) as recorder:
+    keeps = context.rank == 0 and plan.rehearsal is None
+    with AttemptRecorder(plan.run if keeps else None, context.world_size) as recorder:
         _train(context, plan, recorder)
 
 
@@ -126,7 +143,9 @@ def _train(context: WorkerContext, plan: TrainingPlan, recorder: AttemptRecorder
         learner.begins(newest.record if newest else None)
 
     metrics = None
-    if context.rank == 0:
+    if plan.rehearsal is not None:
+        plan.rehearsal.begin(engine)
+    elif context.rank == 0:
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
@@ -175,6 +194,9 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
         done = step + 1
         with worker.time.step(done):
             record = _train_step(worker, stage, step, batches)
+        if plan.rehearsal is not None:
+            plan.rehearsal.step()
+            continue
         if worker.metrics is not None:
             worker.metrics.log(done, record)
         if plan.board is not None and worker.context.rank == 0:
