@@ -40,6 +40,7 @@ class Attempt:
         began, seen: first and last sign of life.
         seconds: by cause ("start": building and resuming).
         step: the highest that was reached.
+        first_step: when the first of its steps was done; 0: none was.
         redone, skipped: steps of these kinds.
         flops: of the steps that count as compute, all workers together; 0: not counted.
         peak: FLOP/s that the devices of all workers could do; 0: not known.
@@ -51,6 +52,7 @@ class Attempt:
     seconds: dict[str, float]
     workers: int
     step: int = 0
+    first_step: float = 0.0
     redone: int = 0
     skipped: int = 0
     flops: float = 0.0

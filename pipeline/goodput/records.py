@@ -152,7 +152,7 @@ class AttemptRecorder(_Recorder):
         self._told = self.clock.seconds()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._step = self._redone = self._skipped = 0
-        self._flops = self._peak = self._step_flops = 0.0
+        self._flops = self._peak = self._step_flops = self._first_step = 0.0
         self._skips = False  # whether the present step does
         self._peak_name = ""
 
@@ -167,6 +167,7 @@ class AttemptRecorder(_Recorder):
         self._settle(redone=redone, skipped=self._skips)
         with self._lock:
             self._step = step
+            self._first_step = self._first_step or self._now()
             self._redone += redone
             self._skipped += self._skips
             self._flops += 0.0 if redone or self._skips else self._step_flops
@@ -191,19 +192,23 @@ class AttemptRecorder(_Recorder):
                 self._seconds[cause] += seconds - self._told[phase]
             self._told = now
 
+    def _now(self) -> float:
+        return self._began + time.monotonic() - self._monotonic
+
     def _record(self) -> Attempt:
         with self._lock:
-            lasted = time.monotonic() - self._monotonic
+            seen = self._now()
             seconds = self._seconds.copy()
             phase = self.clock.now.phase
             if phase in ("build", "resume", "checkpoint"):  # a step counts when it is done
-                seconds[cause_of(phase)] += max(0.0, lasted - sum(seconds.values()))
+                seconds[cause_of(phase)] += max(0.0, seen - self._began - sum(seconds.values()))
             return Attempt(
                 began=self._began,
-                seen=self._began + lasted,
+                seen=seen,
                 seconds=dict(seconds),
                 workers=self._workers,
                 step=self._step,
+                first_step=self._first_step,
                 redone=self._redone,
                 skipped=self._skipped,
                 flops=self._flops,

@@ -19,7 +19,7 @@ def account_table(account: Account) -> Table:
     notes = dict(CAUSES)
     if account.mfu is not None:
         notes["compute"] += (
-            f"; MFU {account.mfu:.1%} of {account.peak / 1e12:,.3g} TFLOP/s ({account.peak_name})"
+            f"; MFU {account.mfu:.1%} of {account.peak / 1e9:,.0f} GFLOP/s ({account.peak_name})"
         )
     for cause, count in (("redone", account.redone), ("skipped", account.skipped)):
         notes[cause] += f" ({count:,})"

@@ -276,7 +276,8 @@ class _MemoryWatch(_OnMeta):
         super().__init__()
         self.moments: list[tuple[int, int]] = []
         self._model = model
-        self._sizes: dict[int, int] = {}  # by storage; of those alive
+        # By storage, of those alive. A view of a parameter is none of the step's.
+        self._sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
         self._gradients: set[int] = set()
         self._alive = self._kept = 0
 

@@ -14,7 +14,13 @@ ATTEMPTS = [
     Attempt(20, 200, {"start": 10, "compute": 100, "data": 20, "checkpoint": 30, "other": 20}, 2, step=100),
     Attempt(230, 390, {"start": 10, "redone": 40, "compute": 60, "data": 30}, 2, step=150, redone=40),
     Attempt(
-        1030, 1790, {"start": 15, "redone": 25, "skipped": 2, "compute": 700}, 2, 900, redone=25, skipped=1
+        1030,
+        1790,
+        {"start": 15, "redone": 25, "skipped": 2, "compute": 700},
+        2,
+        step=900,
+        redone=25,
+        skipped=1,
     ),
 ]
 

@@ -90,6 +90,7 @@ def test_steps_that_were_reached_before_count_as_redone_and_not_as_work(tmp_path
         (12, 4, 1, 30.0),
     ]
     assert attempts[1].seconds["redone"] > 0
+    assert attempts[0].began < attempts[0].first_step < attempts[0].seen
     assert attempts[1].seconds["skipped"] > 0
     found = account(lives, attempts)
     assert found is not None

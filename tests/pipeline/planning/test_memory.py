@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def _layout(stage: int, workers: int = 2, **more: Any) -> Layout:
-    return Layout(groups=(60, 40), stage=stage, workers=workers, width=4, **{"bucket": 50, **more})
+    return Layout(groups=(60, 40), stage=stage, workers=workers, **{"width": 4, "bucket": 50, **more})
 
 
 def test_weights_and_optimizer_are_spread_by_stage() -> None:
@@ -72,13 +72,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
 
 def test_suggestions_fit_and_are_single_changes_where_one_is_enough(job: JobConfig) -> None:
     planner = Planner(job, "cpu")
-    needed = planner.memory(job.train).total
-    found = planner.suggestions(int(0.8 * needed))
-    told = [name for name, _ in found]
-    assert all(memory.total <= 0.8 * needed for _, memory in found)
-    assert "train.micro_batch: 32" in told
+
+    def total(**change: Any) -> int:
+        block = changed(job.train, change)
+        assert block is not None
+        return planner.memory(block).total
+
+    half, quarter = total(micro_batch=32), total(micro_batch=16)
+    both = total(micro_batch=16, activation_checkpointing=True)
+    assert both < quarter < half < total()
+    told = dict(planner.suggestions(half))
+    assert told["train.micro_batch: 32"].total == half
     assert "train.workers: 4" in told
-    assert planner.suggestions(int(0.1 * needed))[0][0].count("train.") >= 2
+    assert all(memory.total <= half for memory in told.values())
+    assert "train.micro_batch: 16" in dict(planner.suggestions(quarter))
+    tight = planner.suggestions(both)
+    assert tight
+    assert all(memory.total <= both for _, memory in tight)
     assert planner.suggestions(1000) == []
 
 
@@ -122,9 +132,10 @@ def test_a_plan_without_shards_says_so_and_refuses_what_cannot_fit(job: JobConfi
     from sharding.errors import UserError
 
     console = Console(width=160, record=True)
+    needed = Planner(job, "cuda").memory(job.train).total
     with pytest.raises(UserError, match=r"fits: train\.micro_batch") as refused:
-        plan(job, console, device="v100-16gb", memory="50MB", mfu=0.4)
-    assert "v100-16gb has 0.05 GiB" in str(refused.value)
+        plan(job, console, device="v100-16gb", memory=str(needed - 1), mfu=0.4)
+    assert "v100-16gb has 0." in str(refused.value)
     text = console.export_text()
     assert "a rule of thumb: not prepared" in text
     assert "mixed" in text
