@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def _read(run: Storage, path: str, kind: type[_Record]) -> list[_Record]:
         return []
 
 
-class _Recorder:
+class _Recorder(ABC):
     """Keeps one record in the storage up to date, for the time of a ``with`` block."""
 
     def __init__(self, run: Storage | None, kind: str) -> None:

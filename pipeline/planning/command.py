@@ -66,8 +66,7 @@ def plan(job: JobConfig, console: Console, *, device: str | None, memory: str | 
     """
     train = job.train
     target = _target(device, memory, train.precision)
-    storage = open_storage(job.storage)
-    storage.check(write=False)
+    storage = open_storage(job.storage)  # not checked: it need not be there yet
     planner = Planner(job, target.kind)
     found, manifests = datasets(job, storage)
     needed = planner.memory(train)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.profiling.ranges import DEPTHS, depth_of
+from pipeline.profiling.ranges import DEPTHS, kind_of
 
 
 @dataclass
@@ -15,10 +15,15 @@ class Phase:
     """All ranges of one name: ``seconds`` and ``count`` over all steps; ``device_s`` of a GPU's kernels."""
 
     name: str
-    depth: int
+    kind: str
     seconds: float = 0.0
     device_s: float = 0.0
     count: int = 0
+
+    @property
+    def depth(self) -> int:
+        """How deep it lies below a step."""
+        return DEPTHS[self.kind]
 
 
 def phases_of(trace: dict[str, Any]) -> list[Phase]:
@@ -28,24 +33,17 @@ def phases_of(trace: dict[str, Any]) -> list[Phase]:
         category = event.get("cat")
         if event.get("ph") != "X" or category not in ("user_annotation", "gpu_user_annotation"):
             continue
-        depth = depth_of(event["name"])
-        if depth is None:
+        kind = kind_of(event["name"])
+        if kind is None:
             continue
-        phase = found.setdefault(event["name"], Phase(event["name"], depth))
+        phase = found.setdefault(event["name"], Phase(event["name"], kind))
         if category == "user_annotation":
             phase.seconds += event["dur"] / 1e6
             phase.count += 1
         else:
             phase.device_s += event["dur"] / 1e6
-    kinds = ["step", *DEPTHS]
-
-    def place(phase: Phase) -> tuple[int, str]:
-        kind = next(
-            kind for kind in reversed(kinds) if phase.name == kind or phase.name.startswith(f"{kind} ")
-        )
-        return kinds.index(kind), phase.name
-
-    return sorted(found.values(), key=place)
+    kinds = list(DEPTHS)
+    return sorted(found.values(), key=lambda phase: (kinds.index(phase.kind), phase.name))
 
 
 def phase_table(phases: list[Phase], title: str) -> Table:

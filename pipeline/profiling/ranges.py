@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
-#: Depth of each range below a step, in the order of a step. The model makes ``objective ...`` and ``fusion of ...``.
+#: Depth of each range, in the order of a step. The model makes ``objective ...`` and ``fusion of ...``.
 DEPTHS = {
+    "step": 0,
     "data": 1,
     "forward and backward": 1,
     "forward": 2,
@@ -23,13 +24,11 @@ DEPTHS = {
 }
 
 
-def depth_of(name: str) -> int | None:
-    """How deep a range lies below a step; None: it is none of ours."""
-    if name == "step":
-        return 0
+def kind_of(name: str) -> str | None:
+    """The entry of ``DEPTHS`` that a range belongs to; None: it is none of ours."""
     if name in DEPTHS:
-        return DEPTHS[name]
-    return next((DEPTHS[kind] for kind in ("fusion of", "objective") if name.startswith(f"{kind} ")), None)
+        return name
+    return next((kind for kind in ("fusion of", "objective") if name.startswith(f"{kind} ")), None)
 
 
 def mark(engine: Any) -> None:
