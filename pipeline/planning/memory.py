@@ -7,11 +7,13 @@ Modelled on what the installed DeepSpeed (``runtime/zero``) allocates, and held 
     0           w N               8 N                   w N
     1           w N               (4 + 8) N / W         w N, then the own N / W, through a buffer
     2           w N               (4 + 8) N / W         the own N / W, the rest through a buffer
-    3           w N / W, and what is gathered    8 N / W (+ 4 N / W unless fp32)    N / W, the rest through a buffer
+    3           w N / W           8 N / W, and 4 N / W    the own w N / W, the rest through a buffer
+                                  more unless fp32
 
-The buffer has ``reduce_bucket_size`` numbers. A GPU holds all of it; of a CPU's only what is written to. ZeRO-3
-gives gathered weights back only where they are not needed within the next ``stage3_max_reuse_distance`` (10^9)
-parameters: a model smaller than that is whole on every worker between forward and backward.
+The buffer has ``reduce_bucket_size`` numbers. A GPU holds all of it, of a CPU's memory only what is written to is
+taken; ZeRO-3 keeps it for good. ZeRO-3 gives gathered weights back only where they are not needed within the next
+``stage3_max_reuse_distance`` (10^9) parameters: a model smaller than that is whole on every worker between forward
+and backward.
 
 Two moments can be the fullest: one in the backward, when activations meet gradients, and the optimizer's step.
 """
@@ -29,6 +31,7 @@ _FP32 = 4
 _MOMENTS = 8  # Adam's two, fp32
 _BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in numbers
 _LIVE = 1_000_000_000  # and stage3_max_live_parameters
+_PREFETCH = 50_000_000  # and stage3_prefetch_bucket_size
 _LIBRARIES = {"cpu": 0, "cuda": 700 * 2**20}  # context and kernels of CUDA, cuBLAS' workspace, NCCL
 
 
@@ -42,7 +45,7 @@ class Layout:
         optimizer, weights: where they are offloaded to: "cpu", "nvme" or None.
         bucket: numbers in the buffer for gradients.
         buffers: so many of them (2 where communication overlaps).
-        live: most parameters that ZeRO-3 holds gathered.
+        live, prefetch: most parameters that ZeRO-3 holds gathered, and gathers ahead.
     """
 
     groups: tuple[int, ...]
@@ -54,6 +57,7 @@ class Layout:
     bucket: int = _BUCKET
     buffers: int = 1
     live: int = _LIVE
+    prefetch: int = _PREFETCH
 
     @property
     def parameters(self) -> int:
@@ -101,6 +105,7 @@ def layout_of(recipe: Recipe, groups: Sequence[int]) -> Layout:
         bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
         buffers=2 if overlap and stage in (1, 2) else 1,
         live=int(zero.get("stage3_max_live_parameters", _LIVE)),
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)),
     )
 
 
@@ -114,7 +119,7 @@ def estimate(
         device: ``cuda`` or ``cpu``.
         accumulates: gradients of several backwards are added up.
     """
-    resident, host = _resident(layout)
+    resident, host = _resident(layout, device)
     libraries = {"libraries": _LIBRARIES[device]} if _LIBRARIES[device] else {}
     backward = _backward(layout, step, device, accumulates=accumulates)
     update = _update(layout, device)
@@ -123,7 +128,7 @@ def estimate(
     return Memory({**resident, **moment, **libraries}, host, "backward" if fuller else "optimizer")
 
 
-def _resident(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+def _resident(layout: Layout, device: str) -> tuple[dict[str, int], dict[str, int]]:
     """Weights and optimizer, which are there all the time: on the device, and on the host."""
     numbers, shard = layout.parameters, -(-layout.parameters // layout.workers)
     weights = layout.width * (shard if layout.stage == 3 else numbers)
@@ -140,8 +145,11 @@ def _resident(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
         del worker["weights"]
         if layout.weights == "cpu":
             host["weights"] = weights
-    if layout.stage == 3 and not layout.optimizer:
-        worker["gradients"] = layout.width * shard
+    if layout.stage == 3:
+        if not layout.optimizer:
+            worker["own gradients"] = layout.width * shard
+        # Unlike those of the other stages it is never given back.
+        worker["buffer"] = layout.width * (layout.bucket if device == "cuda" else min(layout.bucket, numbers))
     return worker, host
 
 
@@ -150,11 +158,9 @@ def _backward(layout: Layout, step: SimulatedStep, device: str, *, accumulates: 
     numbers, shard = layout.parameters, -(-layout.parameters // layout.workers)
     held = layout.width * min(layout.bucket, numbers)
     reserved = layout.width * layout.bucket * layout.buffers if device == "cuda" and layout.stage else 0
-    own = layout.width * shard if layout.stage in (1, 2) else 0
+    own = layout.width * shard if layout.stage else 0
     if layout.stage == 3:
-        gathered = {"gathered weights": layout.width * min(layout.live, numbers) if layout.workers > 1 else 0}
-    else:
-        gathered = {}
+        return _backward_of_stage_3(layout, step, held)
     whole = layout.stage < 2  # gradients stay where the backward leaves them
     if whole and accumulates:
         activations, gradients = step.peak(0), float(layout.width * numbers)
@@ -172,8 +178,21 @@ def _backward(layout: Layout, step: SimulatedStep, device: str, *, accumulates: 
     if layout.stage == 2 and accumulates:
         during += own
     if during >= after:
-        return {**gathered, "activations": int(activations), "gradients": int(during - activations)}
-    return {**gathered, "gradients": int(after)}
+        return {"activations": int(activations), "gradients": int(during - activations)}
+    return {"gradients": int(after)}
+
+
+def _backward_of_stage_3(layout: Layout, step: SimulatedStep, held: int) -> dict[str, int]:
+    """Gathered weights beside the activations; or, at its end, the buffer's gradients once more for their exchange."""
+    if layout.workers == 1:
+        return {"activations": int(step.peak(0))}
+    numbers, shard = layout.parameters, -(-layout.parameters // layout.workers)
+    # Weights are gathered many at a time into one tensor, which lives until the last of them was used.
+    gathered = layout.width * (min(layout.live, numbers) + min(layout.prefetch, numbers))
+    activations, exchanged = int(step.peak(0)), held + layout.width * shard
+    if gathered + activations >= exchanged:
+        return {"gathered weights": gathered, "activations": activations}
+    return {"gradients": exchanged}
 
 
 def _split(step: SimulatedStep, limit: int | None) -> tuple[float, float]:

@@ -50,6 +50,12 @@ def test_a_gpu_holds_the_whole_buffer_for_gradients() -> None:
     assert twice["gradients"] == 8000
 
 
+def test_stage_3_holds_weights_gathered_and_its_buffer_for_good() -> None:
+    found = estimate(_layout(3, live=80, prefetch=10), STEP, "cpu").worker
+    assert (found["gathered weights"], found["buffer"], found["own gradients"]) == (4 * 90, 4 * 50, 4 * 50)
+    assert "gathered weights" not in estimate(_layout(3, workers=1), STEP, "cpu").worker
+
+
 def test_what_is_offloaded_is_on_the_host() -> None:
     plain = estimate(_layout(2), STEP, "cpu")
     moved = estimate(_layout(2, optimizer="cpu"), STEP, "cpu")
