@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from model.configuration import GLSCLConfig
 from model.objectives import GlobalCounts, global_info_nce, token_completion_loss
@@ -113,22 +114,25 @@ def contrastive_terms(
     if features.text is not None:
         assert features.vision is not None
         assert features.temperature is not None
-        terms["itc"] = global_info_nce(features.text, features.vision, features.temperature, *rest)
+        with record_function("objective itc"):
+            terms["itc"] = global_info_nce(features.text, features.vision, features.temperature, *rest)
     if features.global_text is not None:
         assert features.global_vision is not None
         assert features.global_text_target is not None
         assert features.global_vision_target is not None
         temperature = config.completion_temperature
-        terms["mgsc"] = global_info_nce(
-            features.global_vision, features.global_vision_target, temperature, *rest
-        ) + global_info_nce(features.global_text, features.global_text_target, temperature, *rest)
+        with record_function("objective mgsc"):
+            terms["mgsc"] = global_info_nce(
+                features.global_vision, features.global_vision_target, temperature, *rest
+            ) + global_info_nce(features.global_text, features.global_text_target, temperature, *rest)
     if features.local_text is not None:
         assert features.local_text_target is not None
-        terms["mltc"] = token_completion_loss(
-            features.local_text,
-            features.local_text_target,
-            config.completion_temperature,
-            counts,
-            config.reference_gather,
-        )
+        with record_function("objective mltc"):
+            terms["mltc"] = token_completion_loss(
+                features.local_text,
+                features.local_text_target,
+                config.completion_temperature,
+                counts,
+                config.reference_gather,
+            )
     return terms

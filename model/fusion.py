@@ -18,6 +18,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.attention import KeyValue, Trace, attend, attend_with_weights, take_rows
@@ -192,18 +193,19 @@ class FusionEncoder(nn.Module):
             )
         for length in lengths:
             members = [i for i, p in enumerate(passes) if visions[p.vision].shape[1] == length]
-            chosen = [passes[i] for i in members]
-            text, vision = self._first_layer(texts, first_text, text_mask, visions, chosen)
-            mask = text_mask.repeat(len(chosen), 1)[:, None, None]
-            for layer in range(1, self.layers - 1):
-                text, vision = (
-                    self._layer(self.text_stream, layer, text, vision, mask, None, None),
-                    self._layer(self.vision_stream, layer, vision, text, None, mask, None),
-                )
-            batch = text_mask.shape[0]
-            for place, index in enumerate(members):
-                part = slice(place * batch, (place + 1) * batch)
-                results[index] = self._last_layer(passes[index], text[part], vision[part], mask[part])
+            with record_function(f"fusion of {len(members)} passes with {length} vision tokens"):
+                chosen = [passes[i] for i in members]
+                text, vision = self._first_layer(texts, first_text, text_mask, visions, chosen)
+                mask = text_mask.repeat(len(chosen), 1)[:, None, None]
+                for layer in range(1, self.layers - 1):
+                    text, vision = (
+                        self._layer(self.text_stream, layer, text, vision, mask, None, None),
+                        self._layer(self.vision_stream, layer, vision, text, None, mask, None),
+                    )
+                batch = text_mask.shape[0]
+                for place, index in enumerate(members):
+                    part = slice(place * batch, (place + 1) * batch)
+                    results[index] = self._last_layer(passes[index], text[part], vision[part], mask[part])
         return results
 
     def trace(

@@ -7,19 +7,37 @@ own part. Without an initialised process group, or with one worker, everything i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_simulated = 0
+
+
+@contextmanager
+def simulated_workers(workers: int) -> Iterator[None]:
+    """As if this process were worker 0 of so many that all have the same: what each holds can then be measured."""
+    global _simulated
+    before, _simulated = _simulated, workers
+    try:
+        yield
+    finally:
+        _simulated = before
+
 
 def world_size() -> int:
     """Workers taking part in a step."""
+    if _simulated:
+        return _simulated
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This worker's place among them."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 and not _simulated else 0
 
 
 class _Gather(torch.autograd.Function):
@@ -30,7 +48,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous()
-        dist.all_reduce(total)
+        if not _simulated:
+            dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
 
@@ -50,6 +69,8 @@ def gather(local: Tensor) -> Tensor:
     if workers == 1:
         return local.detach()
     local = local.detach().contiguous()
+    if _simulated:
+        return torch.cat([local] * workers)
     everything = local.new_empty(workers * local.shape[0], *local.shape[1:])
     dist.all_gather(list(everything.chunk(workers)), local)
     return everything
@@ -68,6 +89,6 @@ def gather_with_gradient(local: Tensor, reference: bool = False) -> Tensor:
 def sum_over_workers(values: Tensor) -> Tensor:
     """The sum of ``values`` over all workers, detached."""
     values = values.detach().clone()
-    if world_size() > 1:
+    if world_size() > 1 and not _simulated:
         dist.all_reduce(values)
     return values

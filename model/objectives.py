@@ -9,6 +9,7 @@ Shape legend: n local rows, m = W * n global rows, S sets compared separately (f
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,11 @@ def in_full_precision(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would do a product in its low precision. (There is none on meta, and torch refuses to name it.)"""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def mean_over_all(local_sum: Tensor, count: int) -> Tensor:
     """The scaled term of a mean over ``count`` things on all workers; zero when there are none."""
     return local_sum * (world_size() / max(count, 1))
@@ -85,8 +91,7 @@ def global_info_nce(
     target = target.repeat(sets)
     some_invalid = count < len(all_valid)
     total = first.new_zeros(())
-    # Autocast would do the product in its low precision.
-    with torch.autocast(first.device.type, enabled=False):
+    with _without_autocast(first.device):
         forth = torch.einsum("nsd,msd->snm", first, all_second) / temperature
         if world_size() == 1:
             back = forth.transpose(1, 2)
@@ -114,7 +119,7 @@ def group_info_nce(first: Tensor, second: Tensor, temperature: float, valid: Ten
     first, second = (F.normalize(in_full_precision(x), dim=-1) for x in (first, second))
     target = torch.arange(first.shape[1], device=first.device).repeat(first.shape[0])
     total = first.new_zeros(())
-    with torch.autocast(first.device.type, enabled=False):
+    with _without_autocast(first.device):
         forth = torch.bmm(first / temperature, second.transpose(1, 2))
         for logits in (forth, forth.transpose(1, 2)):
             logits = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min)

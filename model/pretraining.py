@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -357,18 +358,23 @@ class _Step:
         """The scaled terms that compare with no other worker; MLTC's is that of vision."""
         terms: dict[str, Tensor] = {}
         if "itm" in self.wanted:
-            text, vision = self.fused["itm"]
-            logits = self.model.matching_head(self.model.glscl.pool(text, vision))  # type: ignore[arg-type]
-            labels = self.masks.itm_labels
-            terms["itm"], self.right["itm"] = matching_loss(logits, labels, self.valid, self.counts.samples)
+            with record_function("objective itm"):
+                text, vision = self.fused["itm"]
+                logits = self.model.matching_head(self.model.glscl.pool(text, vision))  # type: ignore[arg-type]
+                labels = self.masks.itm_labels
+                terms["itm"], self.right["itm"] = matching_loss(
+                    logits, labels, self.valid, self.counts.samples
+                )
         if "mlm" in self.wanted:
-            states = self.fused["mlm"][0]
-            assert states is not None
-            labels = self.labels.gather(1, self.mlm_rows)[self.mlm_real]
-            logits = self.model.language_head(states[self.mlm_real])
-            terms["mlm"], self.right["mlm"] = masked_language_loss(logits, labels, self.counts.mlm_tokens)
+            with record_function("objective mlm"):
+                states = self.fused["mlm"][0]
+                assert states is not None
+                labels = self.labels.gather(1, self.mlm_rows)[self.mlm_real]
+                logits = self.model.language_head(states[self.mlm_real])
+                terms["mlm"], self.right["mlm"] = masked_language_loss(logits, labels, self.counts.mlm_tokens)
         if "mltc" in self.wanted:
-            terms["mltc"] = self._patch_completion() if self.local else self.zero
+            with record_function("objective mltc"):
+                terms["mltc"] = self._patch_completion() if self.local else self.zero
         return terms
 
     def _patch_completion(self) -> Tensor:

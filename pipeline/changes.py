@@ -49,7 +49,7 @@ RULES: tuple[Rule, ...] = (
     *(
         Rule(f"train.{name}", "free")
         for name in (
-            *("workers", "loader_processes", "cache_mb", "max_failures", "bad_sample_limit"),
+            *("workers", "min_workers", "loader_processes", "cache_mb", "max_failures", "bad_sample_limit"),
             *("micro_batch", "activation_checkpointing", "compile"),  # the same gradient up to rounding
             *("deepspeed.aio.*", "deepspeed.log_level"),
             *("deepspeed.wall_clock_breakdown", "deepspeed.memory_breakdown", "deepspeed.dump_state"),

@@ -184,6 +184,51 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def plan(
+    job: JobFile,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What a worker has, e.g. `a100-80gb`, or `cpu`; docs/planning.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a device, e.g. `40GiB`. Default: the device's.", show_default=False)
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the device's peak that the steps reach.")
+    ] = 0.4,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Say what a job needs: memory by ZeRO stage, steps, tokens, bytes read, time. Starts nothing, needs no GPU.
+
+    Exit code 2 where a worker does not fit into its device, with what would.
+
+    Example: `glscl plan job.yaml --device a100-80gb --set train.workers=8`
+    """
+    from pipeline.planning.command import plan as print_plan
+
+    print_plan(_load(job, overrides), console(), device=device, memory=memory, mfu=mfu)
+
+
+@app.command()
+def profile(
+    job: JobFile,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in the trace, after two that warm up.")] = 20,
+    out: Annotated[Path, typer.Option(help="The trace, for https://ui.perfetto.dev.")] = Path("trace.json"),
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Train a few steps of a job under torch's profiler, from its newest checkpoint, and leave the run as it is.
+
+    Example: `glscl profile job.yaml --steps 20 --out trace.json`
+    """
+    from pipeline.profiling.command import profile as profile_steps
+
+    profile_steps(_load(job, overrides), console(), steps=steps, out=out)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[
         str,

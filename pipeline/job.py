@@ -28,6 +28,9 @@ from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
 from pipeline.fine_tuning.launch import FineTuningSetup
+from pipeline.goodput.accounting import account
+from pipeline.goodput.records import LifeRecorder, read_records
+from pipeline.goodput.table import account_metrics, account_table
 from pipeline.lease import Lease, hold
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
@@ -82,12 +85,16 @@ def run_job(job: JobConfig, console: Console) -> None:
             dispatcher.start()
             report.start(lambda: _unfinished(dispatcher))
             try:
-                _train(job, run, prepared, tracker, dispatcher, console, results, lease)
-                _await_evaluations(dispatcher, console)
+                with LifeRecorder(None if _is_trained(job, run) else run.storage) as life:
+                    _train(job, run, prepared, tracker, dispatcher, console, results, lease)
+                    life.evaluating()
+                    _await_evaluations(dispatcher, console)
+                _account(run, tracker, console)
                 _close(run, tracker, report, console)
             except WorkersStopped:
                 assert results.error is not None
                 if isinstance(results.error, Regressed):
+                    _account(run, tracker, console)
                     _close(run, tracker, report, console)
                 raise results.error from None
             except KeyboardInterrupt:
@@ -337,8 +344,7 @@ def _train(
     from pipeline.training.pretraining import PretrainingSubject
 
     total = job.train.total_steps
-    finished = [checkpoint.step for checkpoint in list_checkpoints(run.storage)]
-    if finished and finished[-1] == total:
+    if _is_trained(job, run):
         console.print(f"training is complete ({total} steps)", highlight=False)
         return
     run.note_code(environment_tags())
@@ -390,6 +396,18 @@ def _say_interrupted(run: RunFolder, console: Console) -> None:
     checkpoints = list_checkpoints(run.storage)
     where = f"with the checkpoint of step {checkpoints[-1].step}" if checkpoints else "from the beginning"
     console.print(f"interrupted; the same command goes on {where}", highlight=False)
+
+
+def _is_trained(job: JobConfig, run: RunFolder) -> bool:
+    return any(each.step == job.train.total_steps for each in list_checkpoints(run.storage))
+
+
+def _account(run: RunFolder, tracker: Tracker, console: Console) -> None:
+    """Say where the time of all attempts went, to the terminal and MLflow."""
+    found = account(*read_records(run.storage))
+    if found is not None:
+        console.print(account_table(found))
+        tracker.metrics(found.step, account_metrics(found))
 
 
 def _await_evaluations(dispatcher: Dispatcher, console: Console) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.board import Board
 from pipeline.config import JobConfig
 from pipeline.evaluation.dispatcher import Dispatcher
+from pipeline.goodput.accounting import account
+from pipeline.goodput.records import read_records
+from pipeline.goodput.table import account_metrics
 from pipeline.progress import Task
 from pipeline.tracking import CheckpointEntry, Tracker
 from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
@@ -66,6 +69,7 @@ class Watch:
         self._job, self._run, self._board = job, run, board
         self._tracker, self._dispatcher, self._progress = tracker, dispatcher, progress
         self._told: set[str] = set()
+        self._accounted: int | None = None  # the step; None: nothing was looked at yet
         self._warning = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -90,11 +94,21 @@ class Watch:
             if checkpoint.digest not in self._told and not checkpoint.record.get("interim"):
                 self._told.add(checkpoint.digest)
                 self._tracker.checkpoint(checkpoint_entry(self._run, checkpoint))
+        self._account(checkpoints)
         rules = self._job.checkpoints
         best = self._dispatcher.best_step(rules.keep_best) if rules.keep_best else None
         for checkpoint in expendable(checkpoints, rules, pinned=self._dispatcher.pinned(), best=best):
             logger.info("deleting the checkpoint of step %d (retention)", checkpoint.step)
             delete_checkpoint(self._run, checkpoint)
+
+    def _account(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Tell MLflow at each checkpoint where the time went; of the last step that is told when all has ended."""
+        newest = checkpoints[-1].step if checkpoints else 0
+        if self._accounted is not None and self._accounted < newest < self._job.train.total_steps:
+            found = account(*read_records(self._run))
+            if found is not None:
+                self._tracker.metrics(newest, account_metrics(found))
+        self._accounted = newest
 
     def _loop(self) -> None:
         looked = 0.0

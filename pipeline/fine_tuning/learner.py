@@ -197,6 +197,9 @@ class FineTuner:
         processor = GLSCLProcessor.from_config(self._config, tokenizer=subject.tokenizer)
         return batch_loader(dataset, sampler, Collator(processor, self._training.labels, memory), processes)
 
+    def step_flops(self, stage: Stage, batch: FineTuningBatch) -> float:
+        return 0.0
+
     def forward_backward(self, engine: Any, stage: Stage, batch: FineTuningBatch, part: Part) -> Losses:
         reseed_dropout(self._subject.seed, part, self._context.rank)
         judged = self._training.judge(engine, batch)

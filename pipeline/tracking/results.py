@@ -214,6 +214,15 @@ class RunResults:
             self._registry.move(BEST, checkpoint, model_id)
             self._client.set_tag(self._run.run_id, "best_checkpoint", checkpoint.url)
 
+    def metrics(self, step: int, values: Mapping[str, float], at_s: float) -> None:
+        """Metrics of the parent run, logged together at ascending steps; a step that is there stays as it is."""
+        from mlflow.entities import Metric
+
+        known = self._client.get_metric_history(self._run.run_id, next(iter(values)))
+        if all(point.step < step for point in known):
+            points = [Metric(name, value, int(at_s * 1000), step) for name, value in values.items()]
+            self._client.log_batch(self._run.run_id, metrics=points)
+
     def tag(self, name: str, value: str) -> None:
         """A tag of the parent run."""
         self._client.set_tag(self._run.run_id, name, value[:_TAG_LIMIT])

@@ -102,6 +102,11 @@ class Tracker:
             lambda r: r.mark_best(checkpoint, metric, chosen=chosen),
         )
 
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics that the driver knows, always the same names together, at ascending steps, each step once."""
+        now = time.time()
+        self._add(f"metrics of step {step}", lambda r: r.metrics(step, values, now))
+
     def tag(self, name: str, value: str) -> None:
         """A tag of the run, at once as a whole."""
         self._add(f"tag {name}", lambda r: r.tag(name, value))

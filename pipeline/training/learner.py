@@ -82,6 +82,9 @@ class Learner(Protocol):
     def loader(self, stage: Stage, start_step: int) -> DataLoader[Any]:
         """This worker's batches (``TrainingBatch``) from the stage's own step ``start_step`` to its end."""
 
+    def step_flops(self, stage: Stage, batch: Any) -> float:
+        """FLOPs of a batch's forward and backward on this worker, recomputation left out; 0: not counted."""
+
     def forward_backward(self, engine: Any, stage: Stage, batch: Any, part: Part) -> Losses:
         """Losses of a contrastive batch, its gradient handed to the engine; one step of the engine is left to do.
 

@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -23,11 +23,14 @@ from torch.utils.data import DataLoader
 
 from cluster.board import Board
 from cluster.workers import WorkerContext
+from pipeline.goodput.records import AttemptRecorder
+from pipeline.goodput.utilisation import Utilisation
 from pipeline.lease import Fence
 from pipeline.tracking import MetricLogger, TrackingConfig
 from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
 from pipeline.training.checkpoints.resuming import resume
 from pipeline.training.checkpoints.writer import CheckpointWriter
+from pipeline.training.clock import Clock
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import (
     ConsumptionRecorder,
@@ -46,7 +49,6 @@ from pipeline.training.engine import (
 from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.memory import explained
 from pipeline.training.health.monitor import Monitor
-from pipeline.training.health.phases import Phases
 from pipeline.training.health.samples import BadSampleGuard
 from pipeline.training.health.watchdog import watched
 from pipeline.training.health.windows import again_after_rollback, freed_by_rollback
@@ -57,6 +59,20 @@ from pipeline.training.schedule import learning_rate_at, set_learning_rates
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+
+class RehearsalOver(Exception):
+    """Raised on every worker by :meth:`Rehearsal.step` when enough steps were rehearsed."""
+
+
+class Rehearsal(Protocol):
+    """Some steps of which nothing is kept: no checkpoint, no metric, no record of their time."""
+
+    def begin(self, engine: Any) -> None:
+        """Called once, before the first step."""
+
+    def step(self) -> None:
+        """Called after each step. Raises :class:`RehearsalOver` at the last one."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class TrainingPlan:
         board: where progress is posted for the driver, if it watches.
         health: what is done when something goes wrong.
         fence: keeps workers that outlived their driver from writing beside those of the next one.
+        rehearsal: train some steps for their own sake (a profile).
     """
 
     subject: Subject
@@ -92,6 +109,7 @@ class TrainingPlan:
     board: Board | None = None
     health: HealthBlock = field(default_factory=HealthBlock)
     fence: Fence | None = None
+    rehearsal: Rehearsal | None = None
 
     def warn(self, message: str) -> None:
         """Tell the worker's log and, through the board, the person at the driver."""
@@ -113,9 +131,10 @@ class _Worker:
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
     health: Monitor
-    phases: Phases
     checkpoints: CheckpointWriter
     preemption: Preemption
+    time: AttemptRecorder
+    utilisation: Utilisation
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -127,22 +146,29 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         NonFiniteLoss, LossSpike, BadDataLimit, OutOfMemory: see ``health``.
         Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
-    with explained(plan.course, context), watched(plan, context) as phases:
-        again_after_rollback(partial(_attempt, context, plan, phases))
+    keeps = context.rank == 0 and plan.rehearsal is None
+    with (
+        explained(plan.course, context),
+        AttemptRecorder(plan.run if keeps else None, context.world_size) as recorder,
+        watched(plan, context, recorder.clock),
+    ):
+        again_after_rollback(partial(_attempt, context, plan, recorder))
 
 
-def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None:
+def _attempt(context: WorkerContext, plan: TrainingPlan, recorder: AttemptRecorder) -> None:
     """From the newest checkpoint to the end."""
     course = plan.course.resized(context.world_size)  # an elastic group has not always all its workers
     plan = replace(plan, course=course)
     started = time.monotonic()
-    phases.long("start")
     preemption = Preemption(context)
-    learner = plan.subject.learner(context, plan.scratch)
-    check_offload(course.deepspeed, course.PLACE)
-    engine, peaks = build_engine(learner.build_model(), course, context)
+    with recorder.clock.phase("build"):
+        learner = plan.subject.learner(context, plan.scratch)
+        check_offload(course.deepspeed, course.PLACE)
+        engine, peaks = build_engine(learner.build_model(), course, context)
+        utilisation = Utilisation(learner.step_flops, course.precision, context, recorder)
     identity = _identity(plan, learner)
-    newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
+    with recorder.clock.phase("resume"):
+        newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
     shards = {name: data.shards_digest for name, data in learner.data.items()}
     if newest is not None:
@@ -153,7 +179,9 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
         learner.begins(newest.record if newest else None)
 
     metrics = None
-    if context.rank == 0:
+    if plan.rehearsal is not None:
+        plan.rehearsal.begin(engine)
+    elif context.rank == 0:
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
@@ -173,9 +201,10 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
             health=Monitor(
                 plan.health, course, engine, context, plan.run, consumption, judged, warn=plan.warn
             ),
-            phases=phases,
             checkpoints=checkpoints,
             preemption=preemption,
+            time=recorder,
+            utilisation=utilisation,
         )
         worker.seconds["startup"] = time.monotonic() - started
         first = 0
@@ -184,7 +213,7 @@ def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None
                 _run_stage(worker, index, stage, first, step - first)
                 step = first + stage.steps
             first += stage.steps
-        phases.long("end")  # what is on its way to the storage and to MLflow
+        recorder.clock.step(course.total_steps, long=True)  # what is on its way to the storage and to MLflow
 
 
 def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
@@ -200,37 +229,42 @@ def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int
     """Train one stage from its own step ``start``; ``first`` is the run's step at which the stage begins."""
     plan = worker.plan
     begin_stage(worker.engine, plan.course, stage)
-    batches = _timed(worker.learner.loader(stage, start))
+    batches = _timed(worker.learner.loader(stage, start), worker.time.clock)
     every = stage.checkpoint_every or plan.checkpoint_every
     worker.preemption.agree()
     worker.preemption.leave(worker.checkpoints)
     for step in range(first + start, first + stage.steps):
         worker.checkpoints.check()
         done = step + 1
-        worker.phases.step(done, long=step == first + start)
-        if worker.health.leaves_out(done):
-            record = _leave_out(worker, stage, step, batches)
-        else:
-            record = _train_step(worker, stage, step, batches)
+        with worker.time.step(done, long=step == first + start):
+            if worker.health.leaves_out(done):
+                record = _leave_out(worker, stage, step, batches)
+            else:
+                record = _train_step(worker, stage, step, batches)
+        if plan.rehearsal is not None:
+            plan.rehearsal.step()
+            continue
         if worker.metrics is not None:
             worker.metrics.log(done, record)
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
         due = last or (done - first) % every == 0
-        with worker.phases.phase("checkpoint"):
-            if worker.preemption.agree() or due:
+        leaving = worker.preemption.agree()
+        if due or leaving:
+            with worker.time.clock.phase("checkpoint"):
                 _checkpoint(worker, index, done, stage_end=last, interim=not due)
-            if done < plan.course.total_steps:
-                worker.preemption.leave(worker.checkpoints)
+                if done < plan.course.total_steps:
+                    worker.preemption.leave(worker.checkpoints)
 
 
-def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
+def _timed(loader: DataLoader[Any], clock: Clock) -> Iterator[tuple[TrainingBatch, float]]:
     """Batches, each with the seconds the training waited for it."""
     iterator = iter(loader)
     while True:
         asked = time.monotonic()
-        batch = next(iterator, None)
+        with clock.phase("data"):
+            batch = next(iterator, None)
         if batch is None:
             return
         yield batch, time.monotonic() - asked
@@ -240,9 +274,8 @@ def _train_step(
     worker: _Worker, stage: Stage, step: int, batches: Iterator[tuple[TrainingBatch, float]]
 ) -> dict[str, float]:
     """One optimizer step over ``accumulation`` contrastive batches; returns what is worth tracking."""
-    course, context, engine = worker.plan.course, worker.context, worker.engine
-    began = time.monotonic()
-    waited = 0.0
+    course, context, engine, clock = worker.plan.course, worker.context, worker.engine, worker.time.clock
+    began, waited = time.monotonic(), 0.0
     samples = 0
     totals: dict[str, float] = {}
     scale = learning_rate_at(course, step)
@@ -250,13 +283,13 @@ def _train_step(
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
     worker.health.begin()
     for number in range(accumulation):
-        with worker.phases.phase("data"):
-            batch, seconds = next(batches)
+        batch, seconds = next(batches)
         waited += seconds
         worker.consumption.add(step + 1, batch)
         worker.health.saw(batch, seconds)
+        worker.utilisation.add(stage, batch)
         batch = batch.to(context.device)
-        with worker.phases.phase("forward and backward"):
+        with clock.phase("forward and backward"):
             found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
             worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
         if number + 1 < accumulation:
@@ -265,10 +298,12 @@ def _train_step(
         for name, value in {**found.losses, **found.metrics}.items():
             totals[name] = totals.get(name, 0.0) + float(value) / accumulation
     weights = worker.learner.weights(stage)
-    with worker.phases.phase("optimizer"):
+    with clock.phase("optimizer"):
         totals |= worker.health.finish(
             step + 1, stage.name, {name: totals[name] for name in weights}, weights
         )
+    if not worker.health.made:
+        worker.time.skip()
     return _record(worker, stage, totals, scale, samples, began, waited)
 
 
@@ -277,9 +312,9 @@ def _leave_out(
 ) -> dict[str, float]:
     """A step that a rollback left out: its batches are drawn and noted, and that is all."""
     for _ in range(worker.plan.course.accumulation_of(stage)):
-        with worker.phases.phase("data"):
-            batch, _ = next(batches)
+        batch, _ = next(batches)
         worker.consumption.add(step + 1, batch)
+    worker.time.skip()
     return worker.health.left_out(step + 1)
 
 
@@ -305,6 +340,7 @@ def _record(
     record["train/gradient_norm"] = gradient_norm(worker.engine)
     record["train/loss_scale"] = loss_scale(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
+    record |= worker.utilisation.of_step(elapsed)
     record["time/step_s"] = elapsed
     record["time/waiting_for_data_share"] = waited / elapsed
     record["memory/worker_rss_gib"] = psutil.Process().memory_info().rss / 2**30

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from cluster.workers import WorkerContext
 from model import GLSCLForPreTraining, backward_in_parts
 from pipeline.config import JobConfig
+from pipeline.planning.simulation import Shape, StepFlops
 from pipeline.training.batches import Batch, stage_loader
 from pipeline.training.config import Stage, StageBlock
 from pipeline.training.engine import build_model, model_config, optimizer_step
@@ -60,6 +61,7 @@ class Pretraining:
     ) -> None:
         self._job, self._storage, self._readers = job, storage, readers
         self._context, self._scratch = context, scratch
+        self._flops = StepFlops(model_config(job.model), context.world_size)
 
     @property
     def data(self) -> Mapping[str, Manifest]:
@@ -113,6 +115,13 @@ class Pretraining:
         share = caches[0].byte_limit // self._context.local_world_size
         behind = in_flight(self._job.train)
         return PrefetchedSampler(batches, self._readers, byte_limit=share, behind=behind)
+
+    def step_flops(self, stage: Stage, batch: Batch) -> float:
+        parts = self._job.train.parts(stage)
+        samples, frames, _, _, side = batch.pixel_values.shape
+        tokens = batch.input_ids.shape[1]
+        shape = Shape(samples // parts, frames, side, tokens, batch.group_size, parts)
+        return self._flops.of(shape, self.weights(stage))
 
     def forward_backward(self, engine: Any, stage: Stage, batch: Batch, part: Part) -> Losses:
         job = self._job

@@ -44,7 +44,12 @@ class Monitor:
         consumption: told of steps that were not trained on.
         state: as :meth:`state` gave it for the checkpoint's record; None at the beginning.
         warn: tells the person at the driver; called on worker 0.
+
+    Attributes:
+        made: whether the step that was finished last has changed the weights.
     """
+
+    made = True
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class Monitor:
 
     def begin(self) -> None:
         """A step begins."""
-        self._keys = []
+        self._keys, self.made = [], True
         self._stragglers.begin()
 
     def saw(self, batch: TrainingBatch, waited: float) -> None:
@@ -139,6 +144,7 @@ class Monitor:
         if update == "made":
             self._spikes.add(self._dataset, total)
         elif update == "scaled-down":
+            self.made = False
             self._consumption.leave_out(step, LOSS_SCALING)
         else:
             event = self._event("non-finite-gradient", step, stage, means, keys)
@@ -180,6 +186,7 @@ class Monitor:
     def _skip(self, event: Event, what: str, **more: Any) -> None:
         """Count a step that is not made, and end the run where there were too many."""
         config, step = self._config, event.step
+        self.made = False
         self._skipped += 1
         self._recent = [one for one in self._recent if one > step - config.skip_window] + [step]
         in_a_row = _tail(self._recent)

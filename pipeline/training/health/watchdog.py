@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
+from pipeline.training.clock import Clock, Moment
 from pipeline.training.health.config import HealthBlock
-from pipeline.training.health.phases import Moment, Phases
 from pipeline.training.health.stacks import stacks
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONG_PHASES = ("checkpoint",)  # besides what says of itself that it may take long
+_LONG_PHASES = ("build", "resume", "checkpoint")  # besides what says of itself that it may take long
 #: Phases of a step in their order; a worker in an earlier one is behind.
-_ORDER = ("start", "between", "data", "forward and backward", "optimizer", "checkpoint", "end")
+_ORDER = ("build", "resume", "step", "data", "forward and backward", "optimizer", "other", "checkpoint")
 _LOOKS = 10  # times within health.hang_s
 _MOST_S = 10.0  # between two looks
 _STORAGE_S = 20.0  # for the stacks to be written: what hangs may be the storage
@@ -203,11 +203,10 @@ class Watchdog:
 
 
 @contextmanager
-def watched(plan: TrainingPlan, context: WorkerContext) -> Iterator[Phases]:
-    """What the training is to say what it does to, for the time of the block; watched where that is asked for."""
-    phases = Phases()
+def watched(plan: TrainingPlan, context: WorkerContext, clock: Clock) -> Iterator[None]:
+    """Watches what the clock says for the time of the block, where that is asked for."""
     if plan.health.hang_s is None:
-        yield phases
+        yield
         return
-    with Watchdog(plan.health, phases, context, plan.run, plan.board, plan.warn):
-        yield phases
+    with Watchdog(plan.health, clock, context, plan.run, plan.board, plan.warn):
+        yield

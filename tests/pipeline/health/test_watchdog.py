@@ -18,8 +18,8 @@ import torch.multiprocessing as multiprocessing
 
 from cluster.workers import WorkerContext
 from pipeline.training import loop
+from pipeline.training.clock import Clock, Moment
 from pipeline.training.health.config import HealthBlock
-from pipeline.training.health.phases import Moment, Phases
 from pipeline.training.health.watchdog import Standing, Watchdog, hanging
 from pipeline.training.loop import train
 from sharding.storage import open_storage
@@ -58,7 +58,7 @@ def test_whoever_is_furthest_behind_is_the_one_that_hangs() -> None:
 def test_long_phases_may_take_long_and_others_may_not(tmp_path: Path) -> None:
     context = WorkerContext(0, 1, 0, 1, 0, CPU)
     config = HealthBlock(hang_s=60, long_phase_s=600)
-    dog = Watchdog(config, Phases(), context, open_storage(tmp_path), None, print)
+    dog = Watchdog(config, Clock(), context, open_storage(tmp_path), None, print)
 
     def hangs(seconds: float, phase: str, *, long: bool = False) -> bool:
         standing = dog._look(Moment(3, phase, time.monotonic() - seconds, long))
@@ -82,7 +82,7 @@ def test_all_that_stand_are_named_their_stacks_kept_and_the_one_that_hangs_is_en
     over = threading.Event()
     with ExitStack() as stack:
         for rank, phase in enumerate(("forward and backward", "data", "optimizer")):
-            phases = Phases()
+            phases = Clock()
             phases.now = Moment(7, phase, time.monotonic())
 
             def warn(message: str, rank: int = rank) -> None:
