@@ -166,7 +166,8 @@ def check_block(block: Mapping[str, Any], precision: str, place: str) -> None:
                 f"{place}.deepspeed.zero_optimization.{name} needs stage {least}{' or more' if least < 3 else ''}; "
                 f"got stage {stage}"
             )
-    if any(name != "zero_optimization.stage" for name, value in _names(block) if value != {}):
+    plain = ("zero_optimization", "zero_optimization.stage")
+    if any(name not in plain for name, value in _names(block) if value != {}):  # else DeepSpeed is not imported
         _check_values(block, precision, place)
 
 

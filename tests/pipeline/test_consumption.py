@@ -432,9 +432,7 @@ def test_accumulation_makes_the_same_ledger(run: SimulatedRun, tmp_path: Path) -
 def test_the_hash_is_that_of_the_ids_whatever_their_order() -> None:
     one, other = SampleHash("0" * 64), SampleHash("1" * 64)
     slots = np.array([[0, 1], [3, 2], [10**6, 9]])
-    assert (
-        one.total(slots) == one.total(slots[::-1]) == one.total(slots[:1]) + one.total(slots[1:]) - 0 or True
-    )
+    assert one.total(slots) == one.total(slots[::-1])
     assert one.total(slots) == sum(one.total(slot[None]) for slot in slots) % 2**128
     assert one.total(slots) != other.total(slots)
     assert one.total(slots[:, ::-1]) != one.total(slots)
