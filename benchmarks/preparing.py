@@ -14,7 +14,7 @@ pixels (shorter side) at quality 95 and 4:2:0, img2dataset's default. Round afte
 
 Both jobs fetch from one static server on loopback (a process of its own, asyncio, bodies in memory); the CPU it takes
 is printed beside the job's. *whole* is the job from its call to its end; *steady* leaves the start out: images
-between the first and the last round of shards done, over the time between them.
+between the first and the last round of shards done, over the time (and, of ours, the CPU) between them.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ PROCESSES = 2
 
 @dataclass(frozen=True)
 class Run:
-    """Images a second of the whole job and without its start; seconds of CPU an image, of the job and of the server."""
+    """Images a second of the whole job and without its start; seconds of CPU an image, of the job, without its start
+    (None: not known) and of the server.
+    """
 
     whole: float
     steady: float
     cpu: float
+    steady_cpu: float | None
     server: float | None
 
 
@@ -214,19 +217,24 @@ def prepare_ours(table: Path, out: Path, shard: int, server: Server) -> Run:
         samples_per_shard=shard,
     )
     marks: list[tuple[float, int]] = []
+    cpu_marks: list[tuple[float, int]] = []
+
+    def mark(read: int) -> None:
+        marks.append((time.perf_counter(), read))
+        cpu_marks.append((job_cpu(server), read))
 
     def progress(state: Progress) -> None:
         if state.phase == "encode":
-            marks.append((time.perf_counter(), state.counts.read))
+            mark(state.counts.read)
 
     cpu, served, started = job_cpu(server), server.cpu(), time.perf_counter()
     dataset = prepare("images", config, open_storage(out), in_flight=PROCESSES, progress=progress)
     seconds = time.perf_counter() - started
     kept, read = dataset.manifest.counts.kept, dataset.manifest.counts.read
     assert kept == read, dataset.manifest.counts
-    marks.append((time.perf_counter(), read))  # the exchange of duplicates and the last shard committed
+    mark(read)  # the exchange of duplicates and the last shard committed
     cpu, served = job_cpu(server) - cpu, server.cpu() - served
-    return Run(kept / seconds, steady(marks), cpu / kept, served / kept)
+    return Run(kept / seconds, steady(marks), cpu / kept, 1 / steady(cpu_marks), served / kept)
 
 
 def make_peer(folder: Path) -> None:
@@ -264,11 +272,13 @@ def prepare_peer(peer: Path, table: Path, out: Path, shard: int, server: Server)
     done = 0
     totals = [(end, done := done + successes) for end, successes in marks]
     cpu, served = job_cpu(server) - cpu, server.cpu() - served
-    return Run(images / seconds, steady(totals), cpu / images, served / images)
+    return Run(images / seconds, steady(totals), cpu / images, None, served / images)
 
 
 def steady(marks: list[tuple[float, int]]) -> float:
-    """Images a second between the first round of shards done (one a process) and the last; nan if there are too few."""
+    """Images a second (of time or CPU) between the first round of shards done (one a process) and the last; nan if
+    there are too few.
+    """
     first, last = marks[min(PROCESSES, len(marks)) - 1], marks[-1]
     return (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else float("nan")
 
@@ -279,7 +289,8 @@ def bare(files: list[Path]) -> Run:
     with context.Pool(PROCESSES) as pool:
         took = pool.map(_bare, [files[number::PROCESSES] for number in range(PROCESSES)], chunksize=1)
     rate = len(files) / max(seconds for seconds, _ in took)
-    return Run(rate, rate, sum(cpu for _, cpu in took) / len(files), None)
+    cpu = sum(cpu for _, cpu in took) / len(files)
+    return Run(rate, rate, cpu, cpu, None)
 
 
 def _bare(files: list[Path]) -> tuple[float, float]:
@@ -301,7 +312,7 @@ def print_table(images: int, runs: dict[str, list[Run]]) -> None:
     table = Table(title=f"{images} JPEGs of {SOURCE} pixels, stored at {STORED}, {PROCESSES} processes")
     columns = (
         *("contestant", "whole, images/s", "glscl / this", "steady, images/s", "glscl / this"),
-        *("CPU ms an image", "this / glscl", "server's"),
+        *("CPU ms an image", "this / glscl", "steady, CPU ms", "this / glscl", "server's"),
     )
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
@@ -316,9 +327,22 @@ def print_table(images: int, runs: dict[str, list[Run]]) -> None:
             f"{statistics.median(ours.steady / this.steady for ours, this in pairs):.2f}",
             f"{1e3 * statistics.median(run.cpu for run in own):.2f}",
             f"{statistics.median(this.cpu / ours.cpu for ours, this in pairs):.2f}",
+            *_steady_cpu(pairs),
             f"{1e3 * statistics.median(server):.2f}" if server else "-",
         )
     Console(width=130).print(table)
+
+
+def _steady_cpu(pairs: list[tuple[Run, Run]]) -> tuple[str, str]:
+    known = [
+        (ours.steady_cpu, this.steady_cpu)
+        for ours, this in pairs
+        if ours.steady_cpu is not None and this.steady_cpu is not None
+    ]
+    if not known:
+        return "-", "-"
+    ratio = statistics.median(this / ours for ours, this in known)
+    return f"{1e3 * statistics.median(this for _, this in known):.2f}", f"{ratio:.2f}"
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ class ClusterConfig(_Block):
     fine_tuning: WorkerResources | None = None
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "SPREAD"
     wait_for_resources_s: float = Field(default=0, ge=0)  # for a cluster that grows on demand
+    grow_check_s: float = Field(
+        default=60, gt=0
+    )  # how often a group that lost workers looks whether there is room
     show_worker_output: bool = False  # copy what workers print to this terminal
 
     @field_validator("address")

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,9 +29,12 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from cluster.board import Board
 from cluster.config import ClusterConfig
+from cluster.deaths import DeathsInARow
+from cluster.elastic import AdmissibleSizes
 from cluster.errors import WorkerGroupError, WorkersStopped
 from cluster.notice import Leaving, Notice, Reason, ask_to_end, catch_sigterm, current_notice
 from cluster.resources import check_resources
@@ -79,6 +82,8 @@ def run_workers(
     name: str,
     max_failures: int,
     scratch: Path,
+    sizes: Sequence[int] = (),
+    progress: Callable[[], int] | None = None,
     no_retry: tuple[type[BaseException], ...] = (ValueError,),
     stop: threading.Event | None = None,
     patience_s: float = 60.0,
@@ -92,8 +97,12 @@ def run_workers(
 
     Args:
         function: importable or picklable, as is ``argument``.
+        sizes: numbers of workers, ascending and up to ``workers``, with which the group may do when nodes are lost
+            (see ``cluster.elastic``); none: always with all.
         name: of the run, for Ray's own logs.
-        max_failures: how many deaths of a process or node are made good.
+        max_failures: how many deaths of a process or node are made good; without getting on in between, where
+            ``progress`` tells how far the function has come.
+        progress: a number that grows as the function gets on, picklable; asked in a process of Ray's.
         scratch: a folder for Ray Train's own notes; nothing in it outlives its use.
         no_retry: exceptions of the function that are raised here with their type and message, the worker's
             traceback as ``__cause__``.
@@ -108,17 +117,21 @@ def run_workers(
         WorkersStopped: ``stop`` was set before the function had returned everywhere.
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
     """
-    check_resources(config, workers)
+    sizes = sorted({*sizes, workers})
+    check_resources(config, sizes[0])
     asked = stop or threading.Event()
     if asked.is_set():
         raise WorkersStopped("the workers were stopped before they began")
     board = Board() if grace_s else None
     trainer = _Trainer(
+        sizes,
+        progress,
         _Entry(function, argument, no_retry, board),
         train_loop_config={},
         torch_config=_GroupConfig(),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers if len(sizes) == 1 else (sizes[0], workers),
+            elastic_resize_monitor_interval_s=config.grow_check_s,
             use_gpu=config.worker.gpus > 0,
             resources_per_worker=config.worker.bundle(),
             placement_strategy=config.placement,
@@ -212,9 +225,30 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up)."""
+    """Ray's own, but SIGINT stays a KeyboardInterrupt (Ray's handler ends the process without clean-up), and
+    there is no process for Ray Data, which no worker here reads from."""
 
     controller: Any = None
+
+    def __init__(
+        self, sizes: Sequence[int], progress: Callable[[], int] | None, *arguments: Any, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._sizes, self._progress = sizes, progress
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if len(self._sizes) > 1:
+            options["scaling_policy"] = AdmissibleSizes(self.scaling_config, self._sizes)
+        if self._progress is not None:
+            options["failure_policy"] = DeathsInARow(self.run_config.failure_config, self._progress)
+        return super()._initialize_and_run_controller(**options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, DatasetsCallback)
+        ]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller

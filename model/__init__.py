@@ -1,49 +1,36 @@
 """GLSCL: vision-language pre-training by global and local semantic completion (arXiv 2306.07096).
 
 The model, its masks, its processor and the import of pre-trained weights, in the conventions of transformers:
-``from_pretrained`` and ``save_pretrained``, and after ``import model`` the Auto classes know it. Knows nothing of
-storage, clusters or the rest of the project.
+``from_pretrained`` and ``save_pretrained``, and after ``from model import GLSCLModel`` (any of its classes), or
+``import model.auto``, the Auto classes know it. Knows nothing of storage, clusters or the rest of the project.
+
+Light to import: the names below come with the code of the model at first use, since the command line looks into
+the configuration before it starts anything.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForPreTraining,
-    AutoModelForVisualQuestionAnswering,
-    AutoProcessor,
-)
+from __future__ import annotations
 
-from model.alignment import WordMaps, text_grids, word_maps, words_on_grid
-from model.cached import backward_in_parts
-from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
-from model.glscl import (
-    GLSCLModel,
-    GLSCLModelOutput,
-    GLSCLPreTrainedModel,
-    TextFeatures,
-    VisionFeatures,
-)
-from model.importers import ImportReport, WeightImportError, WeightKind, import_weights
-from model.masking import PretrainingMasks, draw_masks
-from model.nlvr2 import GLSCLForNLVR2, GLSCLNLVR2Output
-from model.pretraining import GLSCLForPreTraining, GLSCLPreTrainingOutput
-from model.processing import GLSCLImageProcessor, GLSCLProcessor, TokenizerError
-from model.question_answering import GLSCLForVisualQuestionAnswering, GLSCLVisualQuestionAnsweringOutput
-from model.retrieval import GLSCLForImageTextRetrieval, GLSCLImageTextRetrievalOutput
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# exist_ok: a reload of the package is no clash of names.
-AutoConfig.register("glscl", GLSCLConfig, exist_ok=True)
-AutoModel.register(GLSCLConfig, GLSCLModel, exist_ok=True)
-AutoModelForPreTraining.register(GLSCLConfig, GLSCLForPreTraining, exist_ok=True)
-AutoModelForVisualQuestionAnswering.register(GLSCLConfig, GLSCLForVisualQuestionAnswering, exist_ok=True)
-# One class under both of transformers' backends, or it would report a fallback.
-AutoImageProcessor.register(
-    GLSCLConfig,
-    image_processor_classes={"torchvision": GLSCLImageProcessor, "pil": GLSCLImageProcessor},
-    exist_ok=True,
-)
-AutoProcessor.register(GLSCLConfig, GLSCLProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from model.alignment import WordMaps, text_grids, word_maps, words_on_grid
+    from model.cached import backward_in_parts
+    from model.configuration import OBJECTIVES, GLSCLConfig, ModelConfigurationError
+    from model.glscl import (
+        GLSCLModel,
+        GLSCLModelOutput,
+        GLSCLPreTrainedModel,
+        TextFeatures,
+        VisionFeatures,
+    )
+    from model.importers import ImportReport, WeightImportError, WeightKind, import_weights
+    from model.masking import PretrainingMasks, draw_masks
+    from model.nlvr2 import GLSCLForNLVR2, GLSCLNLVR2Output
+    from model.pretraining import GLSCLForPreTraining, GLSCLPreTrainingOutput
+    from model.processing import GLSCLImageProcessor, GLSCLProcessor, TokenizerError
+    from model.question_answering import GLSCLForVisualQuestionAnswering, GLSCLVisualQuestionAnsweringOutput
+    from model.retrieval import GLSCLForImageTextRetrieval, GLSCLImageTextRetrievalOutput
 
 __all__ = [
     "OBJECTIVES",
@@ -77,3 +64,33 @@ __all__ = [
     "word_maps",
     "words_on_grid",
 ]
+
+_HOME = {
+    **dict.fromkeys(("WordMaps", "text_grids", "word_maps", "words_on_grid"), "alignment"),
+    "backward_in_parts": "cached",
+    **dict.fromkeys(("OBJECTIVES", "GLSCLConfig", "ModelConfigurationError"), "configuration"),
+    **dict.fromkeys(
+        ("GLSCLModel", "GLSCLModelOutput", "GLSCLPreTrainedModel", "TextFeatures", "VisionFeatures"), "glscl"
+    ),
+    **dict.fromkeys(("ImportReport", "WeightImportError", "WeightKind", "import_weights"), "importers"),
+    **dict.fromkeys(("PretrainingMasks", "draw_masks"), "masking"),
+    **dict.fromkeys(("GLSCLForNLVR2", "GLSCLNLVR2Output"), "nlvr2"),
+    **dict.fromkeys(("GLSCLForPreTraining", "GLSCLPreTrainingOutput"), "pretraining"),
+    **dict.fromkeys(("GLSCLImageProcessor", "GLSCLProcessor", "TokenizerError"), "processing"),
+    **dict.fromkeys(
+        ("GLSCLForVisualQuestionAnswering", "GLSCLVisualQuestionAnsweringOutput"), "question_answering"
+    ),
+    **dict.fromkeys(("GLSCLForImageTextRetrieval", "GLSCLImageTextRetrievalOutput"), "retrieval"),
+}
+# What needs no more than the configuration; anything else is a use of the model, which the Auto classes then know.
+_LIGHT = ("configuration", "masking")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] not in _LIGHT:
+        import_module(f"{__name__}.auto")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -220,7 +220,7 @@ def _standing(address: str, keep_last: int | None = None) -> _Standing:
         checkpoint.step
         for task in schedule.tasks
         for checkpoint in schedule.due(task, found, over=over)
-        if (checkpoint.digest, task.name) not in settled
+        if (checkpoint.digest[:16], task.name) not in settled  # as evaluations are named
     }
     best = best_outcome(ledger.outcomes(), job.checkpoints.keep_best) if job.checkpoints.keep_best else None
     return _Standing(

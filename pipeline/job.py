@@ -22,7 +22,6 @@ from rich.console import Console
 from cluster.board import Board
 from cluster.errors import WorkersStopped
 from cluster.session import session
-from cluster.workers import run_workers
 from pipeline.config import JobConfig, did_you_mean
 from pipeline.errors import NonFiniteLoss, Regressed, RunTakenOver
 from pipeline.evaluation.dispatcher import Dispatcher
@@ -37,12 +36,10 @@ from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
-from pipeline.training.loop import TrainingPlan, train
-from pipeline.training.pretraining import PretrainingSubject
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
-from sharding.prepare import PrepareConfig, PreparedDataset, Progress, prepare
+from sharding.prepare import PrepareConfig, PreparedDataset, Progress, check_source, prepare
 from sharding.prepared import PreparedConfig, open_prepared
 from sharding.report import closing_table
 from sharding.scoring import Scorers
@@ -58,6 +55,7 @@ _INDEXED_AT_ONCE = 4  # tars of another program's dataset
 def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
     """Turn the raw corpora of a job into shards (what is there already is kept); prints the counts."""
     storage = _open(job)
+    _check_sources(job, storage)
     with session(job.cluster, workers=0):
         return _prepare_all(job, storage, console)
 
@@ -69,6 +67,7 @@ def run_job(job: JobConfig, console: Console) -> None:
         UserError: another driver is at work on the run.
     """
     storage = _open(job)
+    _check_sources(job, storage)
     with (
         hold(storage.at(run_path(job))) as lease,
         session(job.cluster, workers=job.train.workers),
@@ -147,6 +146,13 @@ def _open(job: JobConfig) -> Storage:
     storage = open_storage(job.storage)
     storage.check(write=True)
     return storage
+
+
+def _check_sources(job: JobConfig, storage: Storage) -> None:
+    """Mistakes that the first look shows end here, before Ray takes its time to start."""
+    for name, config in job.datasets.items():
+        if not isinstance(config, PreparedConfig):
+            check_source(name, config, storage)
 
 
 def _prepare_all(job: JobConfig, storage: Storage, console: Console) -> dict[str, PreparedDataset]:
@@ -314,6 +320,11 @@ def _train(
     results: Results,
     lease: Lease,
 ) -> None:
+    # Here: with them come torch, DeepSpeed and the model, which preparing and mistakes do without.
+    from cluster.workers import run_workers
+    from pipeline.training.loop import TrainingPlan, train
+    from pipeline.training.pretraining import PretrainingSubject
+
     total = job.train.total_steps
     finished = [checkpoint.step for checkpoint in list_checkpoints(run.storage)]
     if finished and finished[-1] == total:
@@ -343,6 +354,8 @@ def _train(
             train,
             plan,
             workers=job.train.workers,
+            sizes=job.train.sizes,
+            progress=partial(_newest_step, run.storage),
             config=job.cluster,
             name=run.key,
             max_failures=job.train.max_failures,
@@ -352,6 +365,10 @@ def _train(
             grace_s=job.checkpoints.on_stop_s,
         )
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _newest_step(run: Storage) -> int:
+    return max((checkpoint.step for checkpoint in list_checkpoints(run)), default=0)
 
 
 def _say_interrupted(run: RunFolder, console: Console) -> None:

@@ -151,7 +151,10 @@ def print_sample(value: dict[str, Any], console: Console, out: Path | None) -> N
     grid.add_row("shard, row", f"{value['shard']}, {value['row']}")
     grid.add_row("tar", value["tar"])
     for name, field in value["index"].items():
-        grid.add_row(name, f"{field:,}" if isinstance(field, int) and "crc32" not in name else str(field))
+        if isinstance(field, int):
+            grid.add_row(name, f"{field:016x}" if name.endswith("xxh3") else f"{field:,}")
+        else:
+            grid.add_row(name, str(field))
     for caption in value["captions"]:
         grid.add_row("caption", caption)
     if "problem" in value:

@@ -22,7 +22,7 @@ class BadData(Exception):
     """One sample (or shard) that cannot be used.
 
     Args:
-        cause: a short slug under which the case is counted, e.g. ``"crc-mismatch"``.
+        cause: a short slug under which the case is counted, e.g. ``"checksum-mismatch"``.
         detail: one line that names the shard and key, or the file, and what is wrong with it.
     """
 

@@ -20,15 +20,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from xxhash import xxh3_64_intdigest
 
 from sharding.captions import stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
@@ -67,6 +67,7 @@ class ForeignRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    version: Literal[2]  # of the index
     tar_bytes: int
     modality: Modality
     caption_field: str
@@ -195,8 +196,8 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     path = f"index/{name}.json"
     try:
         record = ForeignRecord.model_validate(dataset.read_json(path))
-    except FileNotFoundError:
-        pass
+    except (FileNotFoundError, ValidationError):
+        pass  # not read yet, or by a version of this program whose index was another
     else:
         if (record.tar_bytes, record.modality, record.caption_field) == (file.size, modality, caption_field):
             return record
@@ -220,6 +221,7 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
         )
         dataset.write_bytes(shard.index, index)
     record = ForeignRecord(
+        version=2,
         tar_bytes=file.size,
         modality=modality,
         caption_field=caption_field,
@@ -329,9 +331,9 @@ class _TarIndex:
             "text_size": text.size,
             "json_offset": description.offset,
             "json_size": description.size,
-            "crc32": zlib.crc32(data),
-            "text_crc32": zlib.crc32(words),
-            "json_crc32": zlib.crc32(value),
+            "xxh3": xxh3_64_intdigest(data),
+            "text_xxh3": xxh3_64_intdigest(words),
+            "json_xxh3": xxh3_64_intdigest(value),
             "width": info.width,
             "height": info.height,
             "frames": info.frames,

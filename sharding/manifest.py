@@ -151,7 +151,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["glscl-dataset"] = "glscl-dataset"
-    version: Literal[1] = 1
+    version: Literal[2] = 2  # of the indexes too
     name: str
     modality: Modality
     configuration: dict[str, Any]
@@ -284,7 +284,11 @@ def _load(dataset: Storage, path: str, model: type[_Model]) -> _Model:
     if first["type"] == "json_invalid":
         raise UserError(f"{url} is not valid JSON ({first['msg']}): prepare the dataset again")
     if first["type"] == "literal_error" and first["loc"] == ("version",):
-        raise UserError(f"{url} has version {first['input']!r}; this program reads version 1")
+        version = model.model_fields["version"].default
+        raise UserError(
+            f"{url} has version {first['input']!r}; this program reads version {version}: prepare the dataset "
+            f"again (or index it again, once {MANIFEST_PATH} is removed, where its tars are another program's)"
+        )
     field = ".".join(str(part) for part in first["loc"]) or "the whole file"
     what = "a dataset manifest" if model is Manifest else "an overlay of a dataset"
     raise UserError(f"{url} is not {what}: {field}: {first['msg']}")

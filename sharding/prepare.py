@@ -15,6 +15,7 @@ not at all; the slower driver finds the manifest that the quicker one wrote, and
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections import Counter
@@ -68,6 +69,7 @@ __all__ = [
     "VideoConfig",
     "WebDatasetSource",
     "check_name",
+    "check_source",
     "dataset_path",
     "prepare",
 ]
@@ -150,6 +152,18 @@ def check_name(name: str) -> None:
     """UserError unless ``name`` can be part of a dataset's folder."""
     if not _NAME.fullmatch(name):
         raise UserError(f"dataset name {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+def check_source(name: str, config: PrepareConfig, storage: Storage) -> None:
+    """Open the source as far as its first input: without Ray, and without listing the corpus.
+
+    Raises:
+        UserError: the name is no name, the source is missing, empty or not as configured.
+    """
+    from sharding.sources import open_source
+
+    check_name(name)
+    next(open_source(config, storage).inputs(hashlib.sha256()), None)
 
 
 def dataset_path(name: str, config: PrepareConfig, source_digest: str) -> str:

@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_64_intdigest
 
 from sharding.cache import ShardCache
 from sharding.captions import stored_captions
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 _NUMBERS = [
     "media_offset", "media_size", "text_offset", "text_size", "json_offset", "json_size",
-    "crc32", "text_crc32", "json_crc32", "width", "height", "frames",
+    "xxh3", "text_xxh3", "json_xxh3", "width", "height", "frames",
 ]  # fmt: skip
 _INDEX_BYTES = 128 << 20  # of indices held by a reader: some hundred shards of 10,000 samples
 _OPEN_SHARDS = 64
@@ -91,9 +91,9 @@ class _Place(NamedTuple):
     text_end: int
     json: int
     json_end: int
-    media_crc32: int
-    text_crc32: int
-    json_crc32: int
+    media_xxh3: int
+    text_xxh3: int
+    json_xxh3: int
     width: int
     height: int
     frames: int
@@ -103,24 +103,27 @@ class _Index:
     """What reading needs of a shard's index, in columns; ``size`` in bytes of memory."""
 
     def __init__(self, table: pa.Table) -> None:
-        strings = table.select(["key", "extension"]).combine_chunks()
         self.rows = len(table)
-        self._keys, self._extensions = (column.combine_chunks() for column in strings.columns)
-        column = {name: table[name].to_numpy().astype(np.int64) for name in _NUMBERS}
+        self._keys = table["key"].combine_chunks()
+        extensions = table["extension"].combine_chunks().dictionary_encode()
+        self._extensions, self._extension = extensions.dictionary.to_pylist(), extensions.indices.to_numpy()
+        column = {name: table[name].to_numpy().astype(np.uint64) for name in _NUMBERS}
         members = [(column[f"{name}_offset"], column[f"{name}_size"]) for name in ("media", "text", "json")]
         begin = np.minimum.reduce([offset for offset, _ in members])
         end = np.maximum.reduce([offset + size for offset, size in members])
         bounds = [side for offset, size in members for side in (offset - begin, offset - begin + size)]
-        others = [column[name] for name in ("crc32", "text_crc32", "json_crc32", "width", "height", "frames")]
+        others = [column[name] for name in ("xxh3", "text_xxh3", "json_xxh3", "width", "height", "frames")]
         # A row's numbers side by side, as ``_Place`` has them: one look-up a sample.
         self._numbers = np.stack([begin, end, *bounds, *others], axis=1)
         self._durations = table["duration"].to_numpy()
-        self.size = strings.nbytes + self._numbers.nbytes + self._durations.nbytes
+        columns = (self._keys, self._extension, self._numbers, self._durations)
+        self.size = sum(column.nbytes for column in columns)
 
     def place(self, shard: int, row: int) -> _Place:
         """Where the sample of a row lies in its shard."""
-        key, extension = self._keys[row].as_py(), self._extensions[row].as_py()
-        return _Place(shard, key, extension, self._durations[row].item(), *self._numbers[row].tolist())
+        extension = self._extensions[self._extension[row]]
+        facts = (shard, self._keys[row].as_py(), extension, self._durations.item(row))
+        return _Place._make((*facts, *self._numbers[row].tolist()))
 
 
 class _Failed(NamedTuple):
@@ -186,7 +189,7 @@ class ShardReader:
 
         Raises:
             BadData: the sample cannot be used. Causes: ``missing-shard``, ``truncated-shard``,
-                ``crc-mismatch``, ``bad-json``, ``missing-index``, ``index-mismatch`` and ``dropped`` (by the
+                ``checksum-mismatch``, ``bad-json``, ``missing-index``, ``index-mismatch`` and ``dropped`` (by the
                 manifest's overlay). The detail names the shard's url and the key.
             IndexError: there is no such shard or row.
             StorageFault, UserError: the storage cannot be reached, or refuses.
@@ -304,7 +307,7 @@ class ShardReader:
         record = self.manifest.shards[place.shard]
         if not _is_right(place, data):
             where = self._where(record, place.key)
-            raise BadData("crc-mismatch", f"{where}: its bytes are not those that were written")
+            raise BadData("checksum-mismatch", f"{where}: its bytes are not those that were written")
         description, text = data[place.json : place.json_end], data[place.text : place.text_end]
         try:
             captions = stored_captions(description, text, record.caption_field)
@@ -324,9 +327,10 @@ class ShardReader:
         )
 
     def _is_dropped(self, shard: int, row: int, key: str) -> bool:
-        with self._lock:
-            if self._dropped is None:
-                self._dropped = Dropped(self.dataset, self.manifest)
+        if self._dropped is None:
+            with self._lock:
+                if self._dropped is None:
+                    self._dropped = Dropped(self.dataset, self.manifest)
         return self._dropped.holds(shard, row, key)
 
     def _where(self, record: ShardRecord, key: str) -> str:
@@ -466,9 +470,9 @@ def _is_right(place: _Place, data: bytes) -> bool:
     view = memoryview(data)  # a slice of it is no copy
     return (
         len(data) == place.end - place.begin
-        and zlib.crc32(view[place.media : place.media_end]) == place.media_crc32
-        and zlib.crc32(view[place.json : place.json_end]) == place.json_crc32
-        and zlib.crc32(view[place.text : place.text_end]) == place.text_crc32
+        and xxh3_64_intdigest(view[place.media : place.media_end]) == place.media_xxh3
+        and xxh3_64_intdigest(view[place.json : place.json_end]) == place.json_xxh3
+        and xxh3_64_intdigest(view[place.text : place.text_end]) == place.text_xxh3
     )
 
 

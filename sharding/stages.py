@@ -44,7 +44,7 @@ from sharding.scoring import ScorerFactory, Scoring
 from sharding.sources import open_fetcher
 from sharding.sources.fetch import public_address
 from sharding.storage import Storage
-from sharding.writer import ShardWriter, copy_without, publish, send
+from sharding.writer import ShardWriter, copy_without, publish, send_index
 
 WORK = "work"
 _STAGED = f"{WORK}/staged"
@@ -283,16 +283,18 @@ def _without(dataset: Storage, task: int, staged: ShardRecord, tar: str, copies:
     index = dataset.read_bytes(_staged_index(task))
     if hashlib.sha256(index).hexdigest() != staged.index_sha256:
         raise BadData("index-mismatch", f"{dataset.url_of(_staged_index(task))} was changed or damaged")
+    name = shard_name(task)
+    if not copies:
+        dataset.copy(tar, f"{name}.tar", size=staged.bytes, sha256=staged.sha256)
+        send_index(index, dataset, name)
+        return staged
     with tempfile.TemporaryDirectory(prefix="glscl-prepare-") as folder:
         source = Path(folder) / "staged.tar"
         dataset.download(tar, source, size=staged.bytes, sha256=staged.sha256)
-        if not copies:
-            send(source, index, staged, dataset, shard_name(task))
-            return staged
         rows = [IndexRow(**row) for row in read_index(index).to_pylist()]
         with ShardWriter(Path(folder) / "shard.tar") as writer, source.open("rb") as file:
             copy_without(file, rows, copies, writer)
-        return publish(writer, dataset, shard_name(task))
+        return publish(writer, dataset, name)
 
 
 def forget(work: Work, task: int) -> None:

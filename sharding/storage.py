@@ -22,6 +22,7 @@ import io
 import json
 import os
 import posixpath
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from sharding.errors import BadData, UserError
+from sharding.errors import BadData, StorageFault, UserError
 from sharding.storage_file import FileBackend, write_file
 
 if TYPE_CHECKING:
@@ -292,6 +293,22 @@ class Storage:
         sent.
         """
         return Uploaded(*self._backend.upload(source, _clean_file(path)))
+
+    def copy(self, path: str, to: str, *, size: int, sha256: str) -> None:
+        """Copy a file within the storage, verified on its way; ``to`` is there whole or not at all.
+
+        Raises:
+            BadData, FileNotFoundError, StorageFault, OSError: as ``download``.
+        """
+        beside = self.local_path(to)
+        if beside is not None:  # one pass: read, hashed, written
+            self.download(path, beside, size=size, sha256=sha256)
+            return
+        with tempfile.TemporaryDirectory(prefix="glscl-copy-") as folder:
+            here = Path(folder) / "file"
+            self.download(path, here, size=size, sha256=sha256)
+            if self.upload(here, to) != (size, sha256):
+                raise StorageFault(f"{self.url_of(to)} arrived changed")
 
     def open(self, path: str) -> BinaryIO:
         """A seekable binary file over range reads; a file replaced while it is read raises StorageFault."""

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import multiprocessing
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from sharding.captions import stored_captions
 from sharding.errors import BadData, UserError
@@ -48,7 +48,7 @@ class Fault:
     """One thing that is wrong.
 
     ``offset``: byte of ``file``; of a changed header or padding the first that is changed, of a changed member the
-    first of its data (its crc32 says no more), of a cut file its end. None where no place can be given.
+    first of its data (its checksum says no more), of a cut file its end. None where no place can be given.
     """
 
     cause: str
@@ -201,7 +201,7 @@ class _Part(NamedTuple):
 
     offset: int
     size: int
-    crc32: int
+    xxh3: int
     row: int
     kind: _Kind
 
@@ -212,11 +212,11 @@ def _parts(index: pa.Table) -> list[_Part]:
     rows = range(len(index))
     media_offsets = index["media_offset"].to_pylist()
     for kind in _KINDS:
-        crc = "crc32" if kind == "media" else f"{kind}_crc32"
-        columns = [index[name].to_pylist() for name in (f"{kind}_offset", f"{kind}_size", crc)]
-        for offset, size, crc32, row in zip(*columns, rows, strict=True):
+        checksum = "xxh3" if kind == "media" else f"{kind}_xxh3"
+        columns = [index[name].to_pylist() for name in (f"{kind}_offset", f"{kind}_size", checksum)]
+        for offset, size, xxh3, row in zip(*columns, rows, strict=True):
             if kind == "media" or size or offset != media_offsets[row]:
-                parts.append(_Part(offset, size, crc32, row, kind))
+                parts.append(_Part(offset, size, xxh3, row, kind))
     return sorted(parts)
 
 
@@ -248,11 +248,11 @@ class _Checker:
     def fault(self, part: _Part, cause: str, detail: str, offset: int) -> None:
         self._report.add(Fault(cause, self._record.tar, detail, self._keys[part.row], offset))
 
-    def member(self, part: _Part, crc32: int, data: bytes) -> None:
-        """Check a member by its crc32, and its content (``data``: empty for media that are not decoded)."""
-        if crc32 != part.crc32:
-            detail = f"the {part.kind} member has crc32 {crc32:08x}, {part.crc32:08x} in the index"
-            self.fault(part, "crc-mismatch", detail, part.offset)
+    def member(self, part: _Part, xxh3: int, data: bytes) -> None:
+        """Check a member by its checksum, and its content (``data``: empty for media that are not decoded)."""
+        if xxh3 != part.xxh3:
+            detail = f"the {part.kind} member has XXH3 {xxh3:016x}, {part.xxh3:016x} in the index"
+            self.fault(part, "checksum-mismatch", detail, part.offset)
             if part.kind != "media":
                 self._changed.add(part.row)
         elif part.kind == "media":
@@ -368,17 +368,17 @@ class _Layout:
         return True
 
     def _check_data(self, part: _Part) -> bool:
-        crc32, left, chunks = 0, part.size, []
+        digest, left, chunks = xxh3_64(), part.size, []
         keeps = part.kind != "media" or self._checker.keeps_media
         while left:
             data = self._read(min(_CHUNK, left))
             if not data:
                 return self._ended(part)
-            crc32 = zlib.crc32(data, crc32)
+            digest.update(data)
             left -= len(data)
             if keeps:
                 chunks.append(data)
-        self._checker.member(part, crc32, b"".join(chunks))
+        self._checker.member(part, digest.intdigest(), b"".join(chunks))
         if part.kind == "text":  # KEY.json lies before KEY.txt
             self._checker.captions(part)
         return True
@@ -439,7 +439,7 @@ def _walk(
                 detail = f"{member.name} has {member.size} bytes, {part.size} in the index"
                 checker.fault(part, "index-mismatch", detail, member.offset)
                 continue
-            checker.member(part, zlib.crc32(data), data)
+            checker.member(part, xxh3_64_intdigest(data), data)
             if last.get(part.row) == part:
                 checker.captions(part)
     except BadData as error:

@@ -13,8 +13,8 @@ from pipeline.export.facts import Data, Facts
 _DIRECTIONS = (("t2i", "caption → picture", "images"), ("i2t", "picture → caption", "texts"))
 
 _USE = """\
-The classes are those of the GLSCL pipeline's package `model`; `import model` also makes `AutoModel` and
-`AutoProcessor` know them. In this folder:
+The classes are those of the GLSCL pipeline's package `model`; importing one, or `model.auto`, also
+makes `AutoModel` and `AutoProcessor` know them. In this folder:
 
 ```python
 from PIL import Image

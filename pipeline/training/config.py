@@ -135,7 +135,7 @@ class Recipe(Block):
         default=0.01, description="share of unreadable samples above which the run stops"
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="restarts after a worker's death"
+        default=3, description="restarts after workers' deaths in a row, without a checkpoint in between"
     )
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
 
@@ -143,6 +143,10 @@ class Recipe(Block):
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage, 0 to 3."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def resized(self, workers: int) -> Self:
+        """The same recipe for a group of another size: a worker's share of each batch changes, nothing else."""
+        return self.model_copy(update={"workers": workers})
 
     @model_validator(mode="after")
     def _runs(self) -> Self:
@@ -193,6 +197,11 @@ class Course(Recipe):
 class TrainBlock(Course):
     """The pre-training: how the weights are moved, and the stages."""
 
+    min_workers: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="with so few the run goes on when nodes are lost, and grows again when they are back; batch, order "
+        "and negatives stay what they are; null: always all of them",
+    )
     micro_batch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="samples a worker computes at once: its share of a contrastive batch is then worked off in parts, "
@@ -203,6 +212,22 @@ class TrainBlock(Course):
     )
     compile: bool = Field(default=False, description="torch.compile for each block; needs a compiler")
     stages: Annotated[list[StageBlock], Field(min_length=1)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of workers the run may have, ascending: from ``min_workers`` to ``workers``, those that split all."""
+        least = self.workers if self.min_workers is None else self.min_workers
+        return [number for number in self._splitting() if least <= number <= self.workers]
+
+    def _splitting(self) -> list[int]:
+        """Numbers of workers among which lanes, and parts of every stage's batch, can be divided."""
+        batches = [stage.global_batch or self.global_batch for stage in self.stages]
+        part = self.micro_batch or 1
+        return [
+            number
+            for number in divisors(self.lanes)
+            if all(batch % (self.accumulation * number * part) == 0 for batch in batches)
+        ]
 
     def parts(self, stage: Stage) -> int:
         share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
@@ -218,11 +243,20 @@ class TrainBlock(Course):
             raise ValueError(
                 "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
             )
+        self._check_sizes()
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"train.stages: two stages are named '{name}'")
         return self
+
+    def _check_sizes(self) -> None:
+        if self.min_workers is not None and self.min_workers not in self.sizes:
+            possible = [number for number in self._splitting() if number <= self.workers]
+            raise ValueError(
+                f"train.min_workers: got {self.min_workers}; with {self.lanes} lanes, the stages' global batches and "
+                f"train.workers {self.workers} choose from {possible}"
+            )
 
     def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
         group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)

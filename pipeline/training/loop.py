@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         NonFiniteLoss, BadDataLimit: see ``health``.
         Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
-    course = plan.course
+    course = plan.course.resized(context.world_size)  # an elastic group has not always all its workers
+    plan = replace(plan, course=course)
     started = time.monotonic()
     preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)

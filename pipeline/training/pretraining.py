@@ -42,9 +42,10 @@ class PretrainingSubject:
     datasets: dict[str, str]
 
     def learner(self, context: WorkerContext, scratch: Path) -> Pretraining:
-        storage = open_storage(self.job.storage)
-        readers = _open_readers(self, storage, scratch, context.local_world_size)
-        return Pretraining(self.job, storage, readers, context, scratch)
+        job = self.job.model_copy(update={"train": self.job.train.resized(context.world_size)})
+        storage = open_storage(job.storage)
+        readers = _open_readers(job, self.datasets, storage, scratch, context.local_world_size)
+        return Pretraining(job, storage, readers, context, scratch)
 
 
 class Pretraining:
@@ -156,12 +157,12 @@ class Pretraining:
 
 
 def _open_readers(
-    subject: PretrainingSubject, storage: Storage, scratch: Path, workers_on_node: int
+    job: JobConfig, prepared: Mapping[str, str], storage: Storage, scratch: Path, workers_on_node: int
 ) -> dict[str, ShardReader]:
     """A reader for each dataset that some stage trains on."""
-    train = subject.job.train
+    train = job.train
     names = sorted({name for stage in train.stages for name in stage.mixture})
-    datasets = {name: storage.resolve(subject.datasets[name]) for name in names}
+    datasets = {name: storage.resolve(prepared[name]) for name in names}
     manifests = {name: load_manifest(dataset) for name, dataset in datasets.items()}
     remote = {name: manifests[name] for name, dataset in datasets.items() if dataset.local_path("") is None}
     cache = open_cache(scratch / "shards", train, remote, workers_on_node)

@@ -148,7 +148,13 @@ def _with_edges(luma: np.ndarray) -> np.ndarray:
     Without, it would read what lies behind: other bytes each time, in the last column and row of blocks.
     """
     height, width = luma.shape
-    return np.pad(luma, ((0, height % 2), (0, width % 2)), mode="edge")[:height, :width]
+    if not height % 2 and not width % 2:
+        return luma
+    even = np.empty((height + height % 2, width + width % 2), np.uint8)
+    even[:height, :width] = luma
+    even[:height, width:] = luma[:, -1:]
+    even[height:] = even[height - 1]
+    return even[:height, :width]
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -74,7 +74,7 @@ def _reformatted(pixels: np.ndarray, given: str, size: tuple[int, int], wanted: 
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # each holds 0.4 MB, or 1 MB of a large picture
 def _scaler(width: int, height: int, given: str, size: tuple[int, int], wanted: str) -> VideoReformatter:
     """One a pair of sizes: to prepare the library for another one takes a third as long as to resize by it."""
     from av.video.reformatter import VideoReformatter

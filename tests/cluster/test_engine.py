@@ -36,6 +36,6 @@ def test_a_single_process_without_a_compiler_trains() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert "MOVED True" in done.stdout, done.stdout + done.stderr

@@ -1,5 +1,7 @@
-"""Jobs on a real cluster of two raylets, driven over HTTP as a user would."""
+"""A real cluster of two raylets: drivers that join it, and jobs driven over HTTP as a user would."""
 
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -39,6 +41,14 @@ import time
 for second in range(600):
     print("second", second, flush=True)
     time.sleep(0.5)
+"""
+
+CONNECTED = """
+import sys, ray
+from cluster.config import ClusterConfig
+from cluster.session import session
+with session(ClusterConfig(address=sys.argv[1], evaluations=2), workers=4):
+    print("NODES", len(ray.nodes()))
 """
 
 
@@ -94,3 +104,19 @@ def test_an_unknown_job_and_a_missing_server_are_told_in_a_line(
         jobs.submit(_script(tmp_path, COUNT), "http://127.0.0.1:9")
     with pytest.raises(ClusterError, match="expected the job server's"):
         jobs.status("127.0.0.1:6379", "x")
+
+
+def test_a_driver_joins_a_running_cluster(ray_cluster: RayCluster) -> None:
+    environment = {
+        name: value for name, value in ray_cluster.environment.items() if not name.startswith("RAY_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTED, ray_cluster.gcs],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert "NODES 2" in done.stdout, done.stdout

@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fixtures.ray_cluster import RayCluster
-
 ROOT = Path(__file__).parents[2]
 
 REFUSALS = """
@@ -61,19 +59,9 @@ with session(config, workers=1):
     run_workers(hang, folder, workers=1, config=config, name="h", max_failures=0, scratch=Path(folder))
 """
 
-CONNECTED = """
-import sys, ray
-from cluster.config import ClusterConfig
-from cluster.session import session
-with session(ClusterConfig(address=sys.argv[1], evaluations=2), workers=4):
-    print("NODES", len(ray.nodes()))
-"""
 
-
-def _start(code: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    clean = {
-        name: value for name, value in (environment or os.environ).items() if not name.startswith("RAY_")
-    }
+def _start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -94,7 +82,7 @@ def _hear_sigint() -> None:
 def _hanging_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     driver = _start(HANGING, str(folder))
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (folder / "rank0").exists():
             assert driver.poll() is None, driver.stdout and driver.stdout.read()
             assert time.monotonic() < deadline
@@ -107,7 +95,7 @@ def _hanging_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psu
 
 @pytest.mark.slow
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    output = _start(REFUSALS).communicate(timeout=120)[0]
+    output = _start(REFUSALS).communicate(timeout=600)[0]
     told = json.loads(next(line for line in output.splitlines() if line.startswith("TOLD"))[5:])
     assert told["unreachable"].startswith("no Ray cluster answers at 127.0.0.1:9")
     assert told["port"].startswith("cluster.dashboard_port: ")
@@ -128,8 +116,8 @@ def test_sigterm_ends_the_run_and_every_process_and_only_loopback_was_open(tmp_p
         ]
         assert outside == []
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(timeout=30) == 143
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert driver.wait(timeout=120) == 143
+        _, alive = psutil.wait_procs(processes, timeout=120)
         assert alive == []
 
 
@@ -137,10 +125,10 @@ def test_sigterm_ends_the_run_and_every_process_and_only_loopback_was_open(tmp_p
 def test_sigint_ends_the_run_as_a_keyboard_interrupt(tmp_path: Path) -> None:
     with _hanging_run(tmp_path) as (driver, processes):
         driver.send_signal(signal.SIGINT)
-        output = driver.communicate(timeout=30)[0]
+        output = driver.communicate(timeout=120)[0]
         assert driver.returncode != 0
         assert output.splitlines()[-1] == "KeyboardInterrupt"
-        _, alive = psutil.wait_procs(processes, timeout=10)
+        _, alive = psutil.wait_procs(processes, timeout=120)
         assert alive == []
 
 
@@ -151,19 +139,10 @@ def test_kill_9_of_the_driver_leaves_no_trainer_running(tmp_path: Path) -> None:
         assert worker in processes
         names = {process.pid: process.name() for process in processes}
         driver.kill()
-        worker.wait(timeout=30)
+        worker.wait(timeout=120)
         # Ray's two small agents take up to a minute to notice; they are not waited for.
         agents = [p for p in processes if names[p.pid] in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
-        _, alive = psutil.wait_procs([p for p in processes if p not in agents], timeout=30)
+        _, alive = psutil.wait_procs([p for p in processes if p not in agents], timeout=120)
         assert alive == []
     for agent in agents:
         agent.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.server
-def test_a_driver_joins_a_running_cluster(ray_cluster: RayCluster) -> None:
-    output = _start(CONNECTED, ray_cluster.gcs, environment=ray_cluster.environment).communicate(timeout=120)[
-        0
-    ]
-    assert "NODES 2" in output, output

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.training.checkpoints import Checkpoint, list_checkpoints
 from sharding.storage import Storage
+from tests.fixtures.processes import session_members
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 1200.0  # only so that a hang ends
@@ -66,6 +67,10 @@ class Command:
             assert self.process.poll() is None, f"ended too early:\n{self.output[-6000:]}"
             assert time.monotonic() < deadline, f"took too long:\n{self.output[-6000:]}"
             time.sleep(0.05)
+
+    def left_over(self) -> list[psutil.Process]:
+        """Processes of its session that live on after it ended (some take a moment to)."""
+        return psutil.wait_procs(session_members(self.process.pid), timeout=60)[1]
 
     def training_workers(self) -> list[psutil.Process]:
         """The processes of the training's workers."""

@@ -1,11 +1,10 @@
-"""A regression stops a run, which then is evaluated by its address alone."""
+"""A job on shards that were there before is stopped by a regression, then evaluated and exported by its address."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,8 @@ from pipeline.evaluation.ledger import Ledger, Outcome
 from pipeline.runs import read_record
 from sharding.storage import Storage, open_storage
 from tests.end_to_end.command import Command, committed
-from tests.fixtures.jobs import tiny_job, write_job
+from tests.end_to_end.conftest import Glscl
+from tests.fixtures.jobs import prepared_job, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -45,11 +45,12 @@ def perfect(run: Storage, outcome: Outcome) -> None:
     run.write_json(f"{outcome.key.path}.json", record)
 
 
-def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
-    raw_corpus: Path, tmp_path: Path
+def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_exported_by_its_address(
+    glscl: Glscl, tmp_path: Path
 ) -> None:
-    tree: dict[str, Any] = tiny_job(raw_corpus, tmp_path / "storage", name="falls")
-    tree["train"]["stages"] = [tree["train"]["stages"][0] | {"steps": 4000, "checkpoint_every": 20}]
+    tree = prepared_job(tmp_path) | {"name": "falls"}
+    tree["train"]["workers"] = 1
+    tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
     file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
     command = Command("run", str(file), log=tmp_path / "first")
@@ -72,6 +73,8 @@ def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
     assert best.step in steps  # it is the best, and kept
     record = read_record(run)
     assert record is not None
+    assert record["datasets"]["emoji"] == f"file://{tmp_path}/laion"
+    assert run.exists("reports/evaluation.html")
     assert [block["regression"] for block in record["evaluate"]] == [
         [],
         [{"metric": "held-out/t2i_R1", "drop": 0.05, "action": "stop"}],
@@ -91,3 +94,9 @@ def test_a_fall_stops_the_run_and_its_address_is_enough_to_evaluate_it_again(
     ).succeed()
     assert [o.step for o in finished(run) if o.version != best.version] == steps
     assert all(str(step) in output for step in steps)
+
+    code, output = glscl("export", run.url, tmp_path / "model")
+    assert code == 0, output
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "`held-out`" in card
+    assert "not recorded" not in card  # the manifests are found though they are not in the job's storage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -91,8 +91,8 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` as the batch of one worker (a whole number of groups)."""
-        rest = (getattr(self, name)[start:stop] for name in list(self.__dataclass_fields__)[:-1])
-        return Batch(*rest, self.masks.part(start, stop))  # type: ignore[arg-type]
+        cut = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)[:-1]}
+        return replace(self, **cut, masks=self.masks.part(start, stop))
 
     def inputs(self) -> dict[str, Any]:
         """As keyword arguments, without weights and group size."""

@@ -172,7 +172,7 @@ def test_an_unreadable_sample_keeps_its_slot_masked_and_counted(
     broken = {"emoji": ShardReader(open_storage(local), readers["emoji"].manifest)}
     epoch = batches(job, broken)[:3]
     bad = sum((batch.bad for batch in epoch), Counter())
-    assert bad == {"crc-mismatch": 1}
+    assert bad == {"checksum-mismatch": 1}
     good = batches(job, readers)[:3]
     for batch, reference in zip(epoch, good, strict=True):
         assert len(batch.keys) == len(reference.keys)

@@ -234,7 +234,9 @@ def test_restarts_leave_the_ledger_of_an_undisturbed_run(run: SimulatedRun, tmp_
 
 def test_steps_done_again_with_another_outcome_do_not_touch_what_is_vouched_for(run: SimulatedRun) -> None:
     run.train(until=4)
-    run.train(killed_before_commit=8, causes=lambda step, slot: "crc-mismatch" if slot.row == 3 else None)
+    run.train(
+        killed_before_commit=8, causes=lambda step, slot: "checksum-mismatch" if slot.row == 3 else None
+    )
     run.train()
     assert len(run.parts()) == 4
     code, found = outcome(run.address)
@@ -251,7 +253,7 @@ def test_retention_does_not_lose_the_history(run: SimulatedRun) -> None:
 
 def test_masked_and_retracted_samples_are_told_apart_and_the_epoch_is_complete(run: SimulatedRun) -> None:
     def causes(step: int, slot: Slot) -> str | None:
-        return {0: "crc-mismatch", 1: RETRACTED}.get(slot.row) if slot.dataset == "emoji" else None
+        return {0: "checksum-mismatch", 1: RETRACTED}.get(slot.row) if slot.dataset == "emoji" else None
 
     run.train(causes=causes)
     code, found = outcome(run.address)
@@ -259,8 +261,8 @@ def test_masked_and_retracted_samples_are_told_apart_and_the_epoch_is_complete(r
     whole = [epoch for epoch in found["epochs"] if epoch["complete"] and epoch["dataset"] == "emoji"]
     assert whole
     for epoch in whole:
-        assert (epoch["trained"], epoch["masked"], epoch["retracted"]) == (34, {"crc-mismatch": 3}, 3)
-    assert "crc-mismatch 3" in text(run.address)
+        assert (epoch["trained"], epoch["masked"], epoch["retracted"]) == (34, {"checksum-mismatch": 3}, 3)
+    assert "checksum-mismatch 3" in text(run.address)
 
 
 class _Cheating(ConsumptionRecorder):
@@ -427,7 +429,7 @@ def _one_of_two_workers(rank: int, rendezvous: str, folder: str) -> None:
 
 
 def _some_unreadable(step: int, slot: Slot) -> str | None:
-    return "crc-mismatch" if slot.row % 5 == 0 else None
+    return "checksum-mismatch" if slot.row % 5 == 0 else None
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_the_card_says_what_the_records_say(trained: TrainedRun, tmp_path: Path,
         "- precision: fp32; DeepSpeed ZeRO stage 1 on 2 workers, 1 contrastive batches a step",
         "- seed: 7",
         "- begun with: weights drawn at random",
-        "- unreadable samples: crc-mismatch 3",
+        "- unreadable samples: checksum-mismatch 3",
         "- checkpoint: step 8 of 12, digest `",
         "- code: not recorded",
     ):

@@ -53,12 +53,12 @@ def test_a_bad_sample_now_and_then_is_counted_by_cause(alone: None) -> None:
     guard = BadSampleGuard(limit=0.01, device=CPU)
     for _ in range(20):
         guard.update(100, Counter())
-    guard.update(100, Counter({"crc-mismatch": 2, "decode": 1}))
-    assert guard.causes == {"crc-mismatch": 2, "decode": 1}
+    guard.update(100, Counter({"checksum-mismatch": 2, "decode": 1}))
+    assert guard.causes == {"checksum-mismatch": 2, "decode": 1}
     assert guard.seen == 2100
 
 
 def test_more_bad_samples_than_the_limit_stop_the_run_with_the_causes(alone: None) -> None:
     guard = BadSampleGuard(limit=0.01, device=CPU)
-    with pytest.raises(BadDataLimit, match="crc-mismatch 11"):
-        guard.update(64, Counter({"crc-mismatch": 11}))
+    with pytest.raises(BadDataLimit, match="checksum-mismatch 11"):
+        guard.update(64, Counter({"checksum-mismatch": 11}))

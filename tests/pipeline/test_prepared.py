@@ -19,24 +19,12 @@ from sharding.manifest import load_manifest
 from sharding.prepared import PreparedConfig
 from sharding.reader import ShardReader
 from sharding.storage import open_storage
-from tests.end_to_end.command import Command
-from tests.fixtures.jobs import tiny_job, write_job
-from tests.sharding.foreign_tars import write_img2dataset
-from tests.sharding.real_media import write_image_dataset
+from tests.fixtures.jobs import prepared_job, write_job
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    """A job on img2dataset's shards and on some of ours, neither of them in its storage."""
-    write_img2dataset(tmp_path / "laion", shards=2, samples=20)
-    write_image_dataset(open_storage(tmp_path / "elsewhere" / "ours-1"), 12, name="ours", first_seed=500)
-    tree = tiny_job(tmp_path / "raw", tmp_path / "storage")
-    tree["datasets"] = {
-        "emoji": {"prepared": str(tmp_path / "laion"), "modality": "image"},
-        "held-out": {"prepared": f"file://{tmp_path}/elsewhere/ours-1", "modality": "image"},
-    }
-    tree["train"]["stages"] = tree["train"]["stages"][:1]
-    return tree
+    return prepared_job(tmp_path)
 
 
 def test_prepared_shards_are_a_dataset_of_the_job(tree, tmp_path):
@@ -97,19 +85,3 @@ def test_the_wrong_modality_is_refused(tree):
         UserError, match=r"datasets\.held-out\.modality: got video, but .* is of modality image"
     ):
         _prepare_all(job, open_storage(job.storage), Console(file=io.StringIO()))
-
-
-@pytest.mark.slow
-def test_a_job_on_prepared_shards_trains_and_evaluates(tree, tmp_path):
-    tree["train"] |= {"workers": 1}
-    tree["train"]["stages"][0] |= {"steps": 2, "checkpoint_every": 2}
-    job = write_job(tmp_path / "job.yaml", tree)
-    Command("run", str(job), log=tmp_path / "log").succeed()
-    record = json.loads((tmp_path / "storage" / "runs" / "tiny" / "run.json").read_text())
-    assert record["datasets"]["emoji"] == f"file://{tmp_path}/laion"
-    assert (tmp_path / "storage" / "runs" / "tiny" / "reports" / "evaluation.html").exists()
-    run, model = tmp_path / "storage" / "runs" / "tiny", tmp_path / "model"
-    Command("export", str(run), str(model), log=tmp_path / "log2").succeed()
-    card = (model / "README.md").read_text()
-    assert "`held-out`" in card
-    assert "not recorded" not in card  # the manifests are found though they are not in the job's storage

@@ -275,7 +275,7 @@ def test_every_number_is_the_same_to_the_last_digit_whatever_the_batch_size(
     model: GLSCLForPreTraining, processor: GLSCLProcessor, scored: list[Tensor], rerank: int | str
 ) -> None:
     reader = corpus(37)
-    reader.samples[20] = BadData("crc-mismatch", "000000.tar, key s20")
+    reader.samples[20] = BadData("checksum-mismatch", "000000.tar, key s20")
     found = [
         result(model, processor, reader, rerank=rerank, batch_size=size, bad_limit=0.1) for size in (64, 1, 5)
     ]
@@ -337,13 +337,13 @@ def test_bad_samples_are_counted_and_passed_over_within_the_limit(
     reader = corpus(12)
     good = MemoryReader([sample for n, sample in enumerate(reader.samples) if n not in (3, 7)])
     reader.samples[3] = RawSample("s3", b"no picture", "png", ["a", "b"], 1, 1, 1, 0.0)
-    reader.samples[7] = BadData("crc-mismatch", "000000.tar, key s7")
+    reader.samples[7] = BadData("checksum-mismatch", "000000.tar, key s7")
     metrics = run(model, processor, reader, bad_limit=0.2)
     assert metrics.pop("skipped") == 2
     expected = run(model, processor, good)
     assert expected.pop("skipped") == 0
     assert metrics == expected
-    with pytest.raises(BadDataLimit, match=r"memory://held-out.*crc-mismatch: 1"):
+    with pytest.raises(BadDataLimit, match=r"memory://held-out.*checksum-mismatch: 1"):
         run(model, processor, reader, bad_limit=0.1)
 
 

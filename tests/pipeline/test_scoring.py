@@ -158,7 +158,7 @@ def test_a_dataset_is_filtered_by_score_and_records_it(model, tmp_path, ray_sess
     storage = open_storage(tmp_path / "out")
 
     def make(dataset: PrepareConfig):
-        return prepare("pairs", dataset, storage, in_flight=2, scorers=scorers_of(dataset))
+        return prepare("pairs", dataset, storage, in_flight=1, scorers=scorers_of(dataset))
 
     def rows(prepared) -> dict[str, float]:
         tables = [

@@ -1,10 +1,12 @@
 """Promises of ``glscl shards``: what each verb prints, how it ends, and what it leaves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
+from xxhash import xxh3_64_hexdigest
 
 from pipeline import cli
 from sharding.errors import UserError
@@ -77,6 +79,8 @@ def test_inspect_shows_a_dataset_a_sample_and_writes_its_media(dataset, tmp_path
     assert sample["index"]["source"] == "source/6.jpg"
     assert value_of("inspect", dataset.url, "--shard", "1", "--row", "2") == sample
     assert "ein Bild" in glscl("inspect", dataset.url, "--shard", "0").stdout
+    checksum = xxh3_64_hexdigest(picture(6))
+    assert re.search(rf"xxh3 +{checksum}\b", glscl("inspect", dataset.url, "--key", KEY).stdout)
     assert "has no sample with the key nobody" in refusal("inspect", dataset.url, "--key", "nobody")
     assert "shards 0 to 1" in refusal("inspect", dataset.url, "--shard", "2")
     assert "samples 0 to 3" in refusal("inspect", dataset.url, "--shard", "1", "--row", "4")
@@ -100,7 +104,7 @@ def test_verify_ends_with_0_where_all_is_well_and_with_1_and_the_faults_where_no
     dataset.write_bytes("000001.tar", bytes(data))
     result = glscl("verify", dataset.url, "--jobs", "1")
     assert result.exit_code == 1
-    assert "000001.tar, key 000001-000000, byte 512: crc-mismatch" in result.stdout
+    assert "000001.tar, key 000001-000000, byte 512: checksum-mismatch" in result.stdout
     assert "1 fault; " in result.stdout
     value = json.loads(glscl("verify", dataset.url, "--jobs", "1", "--decode", "--json").stdout)
     assert (value["sound"], value["faults"][0]["key"], value["faults"][0]["offset"]) == (

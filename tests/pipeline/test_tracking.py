@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -30,8 +31,17 @@ from sharding.storage import Storage, open_storage
 from tests.pipeline.mlflow_server import MlflowServer, free_port
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database with nothing in it: making one takes it longer than most tests do."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(TrackingConfig(uri=f"sqlite:///{path}")).search_experiments()
+    return path
+
+
 @pytest.fixture
-def embedded(tmp_path: Path) -> TrackingConfig:
+def embedded(empty_store: Path, tmp_path: Path) -> TrackingConfig:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", flush_s=0.1)
 
 
@@ -467,9 +477,9 @@ def test_a_run_that_started_without_the_server_is_made_when_it_comes(tmp_path: P
     try:
         tracker.report("<html>report</html>", "report")
         late.start()
-        assert tracker.finish(timeout_s=60)
+        assert tracker.finish(timeout_s=600)
         assert tracker.run_id is not None
-        assert logger.close(60) == 0
+        assert logger.close(600) == 0
         assert history(config, tracker.run_id, "loss") == [(step, float(step)) for step in range(1, 21)]
         assert len(connect(config).list_artifacts(tracker.run_id, "evaluation")) == 2
     finally:

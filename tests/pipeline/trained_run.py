@@ -48,7 +48,7 @@ class TrainedRun:
             "zero_stage": self.job.train.zero_stage,
             "precision": self.job.train.precision,
             "data": {name: self.digests[name] for name in ("emoji", "clips")},
-            "bad_samples": {"crc-mismatch": 3},
+            "bad_samples": {"checksum-mismatch": 3},
         }
         self.run.write_json(f"{path}/commit.json", {"record": record, "digest": record_digest(record)})
         return Checkpoint(step, record["stage"], path, record_digest(record), record)

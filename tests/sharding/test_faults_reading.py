@@ -149,7 +149,7 @@ def test_an_answer_that_lies_costs_at_most_the_samples_it_was_for(deliver, fault
         ("missing", "000000.parquet", "missing-index"),
         ("short", "000000.tar", "truncated-shard"),
         ("flip", "000000.parquet", "checksum-mismatch"),
-        ("flip", "000000.tar", "crc-mismatch"),
+        ("flip", "000000.tar", "checksum-mismatch"),
     ],
 )
 def test_a_shard_that_stays_bad_costs_its_own_samples_only(deliver, faulty_s3, kind, path, cause):

@@ -233,6 +233,14 @@ def test_indexing_again_gives_the_same_and_reads_only_what_has_no_record(tmp_pat
     assert index_shards(storage, "image") == manifest
     assert opened == ["00001.tar"]
     assert files_of(storage) == before
+    # A record of the format before, whose index had other checksums, is none.
+    record = storage.read_json("index/00002.json")
+    del record["version"]
+    storage.write_json("index/00002.json", record)
+    storage.delete(MANIFEST_PATH)
+    assert index_shards(storage, "image") == manifest
+    assert opened == ["00001.tar", "00002.tar"]
+    assert files_of(storage) == before
 
 
 def test_another_tar_or_another_option_is_refused_until_the_manifest_is_deleted(tmp_path):
@@ -310,7 +318,7 @@ def test_damage_to_an_indexed_tar_is_found_and_named(tmp_path):
         return [(fault.cause, fault.key) for fault in verify(storage, manifest).faults]
 
     for kind in ("media", "text", "json"):
-        assert faults(rows[1][f"{kind}_offset"]) == [("crc-mismatch", "000000001")]
+        assert faults(rows[1][f"{kind}_offset"]) == [("checksum-mismatch", "000000001")]
     assert faults(len(whole) - 1)[0][0] == "bad-tar"
     assert faults(rows[2]["media_offset"] - 512)[0][0] == "bad-tar"
     assert {key for _, key in faults(rows[2]["media_offset"] - 512)[1:]} == {"000000002", "000000003"}

@@ -15,9 +15,9 @@ ROW = IndexRow(
     text_size=5,
     json_offset=512,
     json_size=7,
-    crc32=2**32 - 1,
-    text_crc32=1,
-    json_crc32=2,
+    xxh3=2**64 - 1,
+    text_xxh3=1,
+    json_xxh3=2,
     width=8,
     height=9,
     frames=1,
@@ -55,6 +55,6 @@ def test_a_cut_index_is_refused(cut):
 
 def test_a_missing_column_is_named():
     sink = pa.BufferOutputStream()
-    pq.write_table(index_table([ROW]).drop_columns(["crc32"]), sink)
-    with pytest.raises(ValueError, match="crc32"):
+    pq.write_table(index_table([ROW]).drop_columns(["xxh3"]), sink)
+    with pytest.raises(ValueError, match="xxh3"):
         read_index(sink.getvalue().to_pybytes())

@@ -79,8 +79,8 @@ def test_what_was_computed_of_a_manifest_is_neither_written_nor_compared():
         (None, "no dataset at"),
         (b"{", "prepare the dataset again"),
         (b"[]", "not a dataset manifest"),
-        (b'{"format": "glscl-dataset", "version": 9}', "version 9"),
-        (b'{"format": "glscl-dataset", "version": 1}', "name"),
+        (b'{"format": "glscl-dataset", "version": 1}', "version 1; this program reads version 2"),
+        (b'{"format": "glscl-dataset", "version": 2}', "name"),
     ],
 )
 def test_a_missing_or_broken_manifest_is_one_line_that_names_its_url(tmp_path, content, says):

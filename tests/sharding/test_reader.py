@@ -4,10 +4,10 @@ import hashlib
 import multiprocessing
 import os
 import pickle
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from sharding.cache import ShardCache
 from sharding.errors import BadData
@@ -108,7 +108,7 @@ def test_neighbours_of_a_batch_are_one_request_and_a_damaged_one_costs_itself_on
     assert [got[19 - row].media for row in range(20) if row != 7] == [
         media_of(0, row) for row in range(20) if row != 7
     ]
-    assert got[12].cause == "crc-mismatch"
+    assert got[12].cause == "checksum-mismatch"
     assert len(requests) < 10
     assert all(length <= 40_000 for _, length in requests)
 
@@ -146,7 +146,7 @@ def test_a_flipped_byte_costs_one_sample_and_is_named(reader):
     storage, manifest = reader.dataset, reader.manifest
     change(storage, "000000.tar", media_offset(storage, manifest, 0, 2) + 100)
     cause, detail = cause_of(reader, 0, 2)
-    assert cause == "crc-mismatch"
+    assert cause == "checksum-mismatch"
     assert storage.url_of("000000.tar") in detail
     assert "key 000-00002" in detail
     assert reader.read(0, 1).media == media_of(0, 1)
@@ -221,9 +221,9 @@ def test_captions_that_are_none_are_said(folder, text):
     data = text.ljust(rows[0]["json_size"])
     change(storage, "000000.tar", rows[0]["json_offset"], data)
     cause, detail = cause_of(ShardReader(storage, manifest), 0, 0)
-    assert cause == "crc-mismatch"
+    assert cause == "checksum-mismatch"
     # Now as if it had been written so.
-    rows[0]["json_crc32"] = zlib.crc32(data)
+    rows[0]["json_xxh3"] = xxh3_64_intdigest(data)
     index = write_index([IndexRow(**row) for row in rows])
     storage.write_bytes("000000.parquet", index)
     record = manifest.shards[0].model_copy(update={"index_sha256": hashlib.sha256(index).hexdigest()})
@@ -295,6 +295,6 @@ def test_a_shard_damaged_in_the_storage_is_not_cached_and_its_whole_samples_are_
     reader = ShardReader(storage, manifest, ShardCache(tmp_path / "cache", 10**9))
     for row in (0, 1, 3, 4):
         assert reader.read(0, row).media == media_of(0, row)
-    assert cause_of(reader, 0, 2)[0] == "crc-mismatch"
+    assert cause_of(reader, 0, 2)[0] == "checksum-mismatch"
     assert list((tmp_path / "cache").glob("verified-*/*")) == []
     assert caplog.text.count("shard not cached") == 1

@@ -36,9 +36,9 @@ def test_a_numpy_integer_is_the_same_key_as_a_plain_one():
 
 
 def test_bad_data_keeps_cause_and_detail_through_pickling():
-    error = pickle.loads(pickle.dumps(BadData("crc-mismatch", "shard 000001 key a")))  # noqa: S301
-    assert (error.cause, error.detail) == ("crc-mismatch", "shard 000001 key a")
-    assert str(error) == "crc-mismatch: shard 000001 key a"
+    error = pickle.loads(pickle.dumps(BadData("checksum-mismatch", "shard 000001 key a")))  # noqa: S301
+    assert (error.cause, error.detail) == ("checksum-mismatch", "shard 000001 key a")
+    assert str(error) == "checksum-mismatch: shard 000001 key a"
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, 2**64 - 1])

@@ -116,6 +116,21 @@ def test_upload_and_download_carry_every_byte_and_say_size_and_hash(storage, tmp
     assert sent == (len(data), hashlib.sha256(data).hexdigest())
     storage.download("deep/er/file", tmp_path / "new" / "copy", size=sent.size, sha256=sent.sha256)
     assert (tmp_path / "new" / "copy").read_bytes() == data
+    storage.copy("deep/er/file", "copied/file", size=sent.size, sha256=sent.sha256)
+    assert storage.read_bytes("copied/file") == data
+
+
+def test_a_copy_that_fails_its_check_leaves_what_was_there(storage):
+    storage.write_bytes("file", b"content")
+    storage.write_bytes("there", b"before")
+    for size, sha256, cause in ((8, "0" * 64, "size-mismatch"), (7, "0" * 64, "sha256-mismatch")):
+        with pytest.raises(BadData) as caught:
+            storage.copy("file", "there", size=size, sha256=sha256)
+        assert caught.value.cause == cause
+        assert storage.url_of("file") in caught.value.detail
+    with pytest.raises(FileNotFoundError):
+        storage.copy("nothing", "there", size=7, sha256="0" * 64)
+    assert storage.read_bytes("there") == b"before"
 
 
 def test_a_download_that_fails_its_check_leaves_the_destination_as_it_was(storage, tmp_path):

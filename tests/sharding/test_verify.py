@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from sharding.index import IndexRow, read_index, write_index
 from sharding.manifest import Manifest, load_manifest
@@ -71,7 +71,7 @@ def test_every_flipped_byte_of_a_tar_is_found_and_named_by_key_or_offset(tmp_pat
         else:
             row, begin = owner
             found = (faults[0].cause, faults[0].key, faults[0].offset)
-            assert found == ("crc-mismatch", row["key"], begin)
+            assert found == ("checksum-mismatch", row["key"], begin)
     path.write_bytes(whole)
     assert verify_shard(storage, record, "image", decode=False).faults == []
 
@@ -93,9 +93,9 @@ def test_checking_goes_on_after_a_fault(dataset):
     flip(dataset, "000000.tar", rows[3]["text_offset"])
     flip(dataset, "000001.tar", dataset.size("000001.tar") - 1)
     assert [(fault.cause, fault.key) for fault in faults_of(dataset)] == [
-        ("crc-mismatch", rows[0]["key"]),
+        ("checksum-mismatch", rows[0]["key"]),
         ("bad-header", rows[1]["key"]),
-        ("crc-mismatch", rows[3]["key"]),
+        ("checksum-mismatch", rows[3]["key"]),
         ("bad-padding", None),
     ]
 
@@ -218,9 +218,9 @@ def test_captions_that_are_not_texts_are_found(tmp_path):
     row = IndexRow(**read_index(storage.read_bytes("000000.parquet")).to_pylist()[0])
     with ShardWriter(tmp_path / "shard.tar") as writer:
         members = {"jpg": b"x", "txt": b"a", "json": json.dumps({"captions": [1]}).encode()}
-        crcs = {"crc32": "jpg", "text_crc32": "txt", "json_crc32": "json"}
+        checksums = {"xxh3": "jpg", "text_xxh3": "txt", "json_xxh3": "json"}
         sizes = {"media_size": "jpg", "text_size": "txt", "json_size": "json"}
-        changes = {name: zlib.crc32(members[of]) for name, of in crcs.items()}
+        changes = {name: xxh3_64_intdigest(members[of]) for name, of in checksums.items()}
         changes |= {name: len(members[of]) for name, of in sizes.items()}
         writer.add_members(replace(row, **changes), members)
     record = publish(writer, storage, "000000")
@@ -229,5 +229,7 @@ def test_captions_that_are_not_texts_are_found(tmp_path):
 
 
 def test_faults_read_as_one_line():
-    fault = Fault("crc-mismatch", "000000.tar", "the media member has another crc32", "k", 1536)
-    assert str(fault) == "000000.tar, key k, byte 1536: crc-mismatch: the media member has another crc32"
+    fault = Fault("checksum-mismatch", "000000.tar", "the media member has another checksum", "k", 1536)
+    assert (
+        str(fault) == "000000.tar, key k, byte 1536: checksum-mismatch: the media member has another checksum"
+    )

@@ -4,11 +4,11 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 
 import pytest
 import webdataset
 from PIL import Image
+from xxhash import xxh3_64_intdigest
 
 from sharding.errors import StorageFault
 from sharding.index import read_index
@@ -56,7 +56,7 @@ def test_the_index_points_at_the_members(tmp_path):
     for number, row in enumerate(writer.rows):
         media = data[row.media_offset : row.media_offset + row.media_size]
         assert media == _picture(number).data
-        assert zlib.crc32(media) == row.crc32
+        assert xxh3_64_intdigest(media) == row.xxh3
         assert data[row.text_offset : row.text_offset + row.text_size].decode() == f"caption {number} ü"
         description = json.loads(data[row.json_offset : row.json_offset + row.json_size])
         assert (description["width"], description["source"]) == (8 + number, f"{number}.png")

@@ -131,7 +131,7 @@ def test_a_sample_that_cannot_be_read_lends_no_caption(
         assert len(training._captions) == 11
         *found, _ = samples(training)
         assert sum(not sample.valid for sample in found) == 1
-        assert {sample.cause for sample in found} == {None, "crc-mismatch"}
+        assert {sample.cause for sample in found} == {None, "checksum-mismatch"}
         assert torch.equal(torch.tensor([len(sample.texts) for sample in found]), torch.full((12,), 4))
     finally:
         shards.write_bytes("000000.tar", whole)
