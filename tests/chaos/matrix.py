@@ -68,7 +68,7 @@ class Matrix:
 
 def steps_for(faults: Sequence[Fault]) -> int:
     """How long a job must be for so many faults."""
-    return WINDOW * (len(faults) + 1)
+    return WINDOW * (len(faults) + 2)
 
 
 def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> None:
@@ -91,7 +91,7 @@ def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> Non
         safe = 0 if fault.spoils else job.newest()
         began = time.time()
         fault.inflict(job, draw)
-        set_gate(job.journal_path, job.step + 2)  # past the first step after it
+        set_gate(job.journal_path, job.step + EVERY + 1)  # past the batches that a killed loader left behind
         if fault.ends == "driver":
             job.start()
         recovery = _await_recovery(job, fault, began)
