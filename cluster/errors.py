@@ -7,6 +7,23 @@ class ClusterError(ValueError):
     """The cluster cannot do what was asked for. The message: one line, what is wrong and what is right."""
 
 
+class WorkerOutOfMemory(ClusterError):
+    """Ray's memory monitor killed a worker to save its node.
+
+    Args:
+        message: Ray's own words, in one line.
+        rank: the worker.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message, rank)
+        self.message = message
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class WorkerGroupError(RuntimeError):
     """Workers failed for good: a bug in the function, or more deaths than are allowed.
 

@@ -3,6 +3,7 @@
 What ends a run and what restarts the group:
 
 * a process or a node dies: the group starts anew, up to ``max_failures`` times, and calls the function again;
+* Ray kills a process because its node runs out of memory: the run ends, as it would each time;
 * the function raises: the run ends at once, on every worker. ``no_retry`` types reach the caller as they are;
 * the function leaves because it was told to (``cluster.notice``): the group starts anew, which counts as no death,
   or ends, where it was the driver who said so.
@@ -35,7 +36,7 @@ from cluster.board import Board
 from cluster.config import ClusterConfig
 from cluster.deaths import DeathsInARow
 from cluster.elastic import AdmissibleSizes
-from cluster.errors import WorkerGroupError, WorkersStopped
+from cluster.errors import WorkerGroupError, WorkerOutOfMemory, WorkersStopped
 from cluster.notice import Leaving, Notice, Reason, ask_to_end, catch_sigterm, current_notice
 from cluster.resources import check_resources
 
@@ -113,6 +114,7 @@ def run_workers(
 
     Raises:
         ClusterError: the cluster cannot hold the workers.
+        WorkerOutOfMemory: Ray killed one for its node's memory.
         WorkerGroupError: the function raised anything else, or workers died too often.
         WorkersStopped: ``stop`` was set before the function had returned everywhere.
         KeyboardInterrupt: on SIGINT, after the workers were stopped.
@@ -202,6 +204,8 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
         raise WorkerGroupError(f"Ray's controller of the workers died: {_first_line(error)}") from error
     except ControllerError as error:
         failure = error.controller_failure
+        if isinstance(failure, _KilledForMemory):
+            raise WorkerOutOfMemory(failure.summary, failure.rank) from error
         if not isinstance(failure, _FunctionFailed):
             raise WorkerGroupError(f"the workers could not be started: {_first_line(failure)}") from error
         report = WorkerGroupError(
@@ -294,6 +298,15 @@ class _FunctionFailed(Exception):
         return f"{self.summary}\n{self.traceback_tail}"
 
 
+class _KilledForMemory(Exception):
+    """Ray's memory monitor killed a worker."""
+
+    def __init__(self, rank: int, summary: str) -> None:
+        super().__init__(rank, summary)
+        self.rank = rank
+        self.summary = summary
+
+
 class _EndOnError(UserCallback):
     """In Ray's controller: raises where the function failed, which ends the run whatever retries are left.
 
@@ -301,6 +314,12 @@ class _EndOnError(UserCallback):
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        from ray.exceptions import OutOfMemoryError
+
+        for rank, error in sorted(worker_exceptions.items()):
+            cause = getattr(error, "health_check_failure", error)
+            if isinstance(cause, OutOfMemoryError):
+                raise _KilledForMemory(rank, _first_line(cause))
         failures = [e for _, e in sorted(worker_exceptions.items()) if isinstance(e, _FunctionFailed)]
         someone_died = len(failures) < len(worker_exceptions)
         typed = [failure for failure in failures if failure.original is not None]

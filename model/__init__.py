@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         TextFeatures,
         VisionFeatures,
     )
-    from model.importers import ImportReport, WeightImportError, WeightKind, import_weights
+    from model.importers import ImportReport, WeightImportError, WeightKind, import_weights, plan_import
     from model.masking import PretrainingMasks, draw_masks
     from model.nlvr2 import GLSCLForNLVR2, GLSCLNLVR2Output
     from model.pretraining import GLSCLForPreTraining, GLSCLPreTrainingOutput
@@ -60,6 +60,7 @@ __all__ = [
     "backward_in_parts",
     "draw_masks",
     "import_weights",
+    "plan_import",
     "text_grids",
     "word_maps",
     "words_on_grid",
@@ -72,7 +73,9 @@ _HOME = {
     **dict.fromkeys(
         ("GLSCLModel", "GLSCLModelOutput", "GLSCLPreTrainedModel", "TextFeatures", "VisionFeatures"), "glscl"
     ),
-    **dict.fromkeys(("ImportReport", "WeightImportError", "WeightKind", "import_weights"), "importers"),
+    **dict.fromkeys(
+        ("ImportReport", "WeightImportError", "WeightKind", "import_weights", "plan_import"), "importers"
+    ),
     **dict.fromkeys(("PretrainingMasks", "draw_masks"), "masking"),
     **dict.fromkeys(("GLSCLForNLVR2", "GLSCLNLVR2Output"), "nlvr2"),
     **dict.fromkeys(("GLSCLForPreTraining", "GLSCLPreTrainingOutput"), "pretraining"),

@@ -414,7 +414,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
-    from pipeline.errors import NonFiniteLoss, Regressed, RunTakenOver
+    from pipeline.errors import Regressed, RunTakenOver, Unhealthy
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -434,11 +434,11 @@ def main() -> None:
         *(
             BadData,
             BadDataLimit,
-            NonFiniteLoss,
             Regressed,
             RunTakenOver,
             StorageFault,
             TaskFailed,
+            Unhealthy,
             WorkerGroupError,
         ),
     ) as error:

@@ -25,6 +25,7 @@ from pipeline.fine_tuning.config import RetrievalFineTuning
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
+from pipeline.training.health.config import HealthBlock
 from sharding.errors import UserError
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
@@ -84,6 +85,7 @@ class JobConfig(Block):
     )  # made when asked for: it looks into `model`, hence torch
     train: TrainBlock
     checkpoints: CheckpointBlock = CheckpointBlock()
+    health: HealthBlock = HealthBlock()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -104,6 +106,8 @@ class JobConfig(Block):
                 raise ValueError(
                     f"datasets.{name}, filter score: give model, the address of a GLSCL model (scorer: {ITC})"
                 )
+        if self.train.precision == "fp16":
+            _check_fp16("train", self.cluster.worker.gpus)
         for stage in self.train.stages:
             for name in stage.mixture:
                 if name not in self.datasets:
@@ -143,6 +147,9 @@ class JobConfig(Block):
                         f"evaluate task '{task.name}', fine_tune.modality: got {recipe.modality}; the dataset "
                         f"'{recipe.dataset}' is of {trained.modality}s"
                     )
+            if recipe is not None and recipe.precision == "fp16":
+                gpus = (self.cluster.fine_tuning or self.cluster.worker).gpus
+                _check_fp16(f"evaluate task '{task.name}', fine_tune", gpus)
             if task.frames_taken > model.max_frames:
                 raise ValueError(
                     f"evaluate task '{task.name}', frames: got {task.frames_taken} is above the model's "
@@ -162,6 +169,14 @@ class JobConfig(Block):
                     f"evaluate tasks ({', '.join(names) or 'there are none'})"
                 )
         return self
+
+
+def _check_fp16(place: str, gpus: float) -> None:
+    if not gpus:
+        raise ValueError(
+            f"{place}.precision: DeepSpeed does not train in fp16 on CPUs; give each worker a GPU "
+            "(cluster.worker.gpus), or choose bf16 or bf16-autocast"
+        )
 
 
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:

@@ -20,10 +20,10 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.board import Board
-from cluster.errors import WorkersStopped
+from cluster.errors import WorkerOutOfMemory, WorkersStopped
 from cluster.session import session
 from pipeline.config import JobConfig, did_you_mean
-from pipeline.errors import NonFiniteLoss, Regressed, RunTakenOver
+from pipeline.errors import OutOfMemory, Regressed, RunTakenOver, Unhealthy
 from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.evaluation.report import LiveReport, print_report
 from pipeline.evaluation.runner import Runner
@@ -31,11 +31,13 @@ from pipeline.fine_tuning.launch import FineTuningSetup
 from pipeline.lease import Lease, hold
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
-from pipeline.runs import RunFolder, open_run_folder, run_path
+from pipeline.runs import ConfigurationRefused, RunFolder, open_run_folder, run_path
 from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
+from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.health.memory import advice
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -257,10 +259,17 @@ def _tracked_run(
     job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset]
 ) -> Iterator[tuple[RunFolder, Tracker]]:
     """The run's folder and its MLflow run, whose status tells how the block ended."""
-    run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
+    config = job.tracking.resolved(Path.cwd())
+    try:
+        run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
+    except ConfigurationRefused as error:
+        changes = error.run.changes
+        if error.run.tracking_run is not None:
+            log_refusal(config, error.run.tracking_run, len(changes), changes[-1])
+        raise
     digests = {f"data.{name}": dataset.manifest.digest for name, dataset in prepared.items()}
     tracker = Tracker(
-        job.tracking.resolved(Path.cwd()),
+        config,
         name=job.name,
         key=run.key,
         params=flatten_params(job),
@@ -268,6 +277,8 @@ def _tracked_run(
         existing_run_id=run.tracking_run,
         on_open=run.note_tracking,
     )
+    for number, change in enumerate(run.changes, start=1):
+        tracker.change(number, change)
     status = "FAILED"
     try:
         yield run, tracker
@@ -306,7 +317,7 @@ def _dispatcher(
         retry_failed=retry_failed,
         only=only,
         every_checkpoint=every_checkpoint,
-        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets)),
+        runner=partial(Runner, FineTuningSetup(job.cluster, results.tracking, datasets, job.health)),
     )
 
 
@@ -344,26 +355,30 @@ def _train(
         tracking_run=tracker.run_id,
         scratch=scratch,
         board=board,
+        health=job.health,
         fence=lease.fence,
     )
     with (
         show_progress(console, f"training {job.name}", total) as task,
         Watch(job, run.storage, board, tracker, dispatcher, task),
     ):
-        run_workers(
-            train,
-            plan,
-            workers=job.train.workers,
-            sizes=job.train.sizes,
-            progress=partial(_newest_step, run.storage),
-            config=job.cluster,
-            name=run.key,
-            max_failures=job.train.max_failures,
-            scratch=scratch / "ray",
-            no_retry=(ValueError, NonFiniteLoss, BadDataLimit, RunTakenOver, StorageFault),
-            stop=results.stop,
-            grace_s=job.checkpoints.on_stop_s,
-        )
+        try:
+            run_workers(
+                train,
+                plan,
+                workers=job.train.workers,
+                sizes=job.train.sizes,
+                progress=partial(_newest_step, run.storage),
+                config=job.cluster,
+                name=run.key,
+                max_failures=job.train.max_failures,
+                scratch=scratch / "ray",
+                no_retry=(ValueError, Unhealthy, BadDataLimit, RunTakenOver, StorageFault),
+                stop=results.stop,
+                grace_s=job.checkpoints.on_stop_s,
+            )
+        except WorkerOutOfMemory as error:
+            raise OutOfMemory(advice(job.train, f"worker {error.rank}", "host", str(error))) from error
     shutil.rmtree(scratch, ignore_errors=True)
 
 

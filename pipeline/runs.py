@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import re
+import logging
+import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
+from pipeline.changes import compare, trained_datasets
 from pipeline.config import JobConfig, parse_job
 from pipeline.tracking import RunHandle
 from pipeline.tracking.config import without_userinfo
+from pipeline.training.config import TrainBlock
+from pipeline.training.schedule import learning_rate_at
 from sharding.errors import UserError
 from sharding.storage import Storage, open_storage
 
+logger = logging.getLogger(__name__)
+
 RECORD = "run.json"
 
-#: What may differ when a run goes on: it changes neither the weights nor the data they see.
-_FREE_TO_CHANGE = {"loader_processes", "cache_mb", "max_failures", "bad_sample_limit"}
+
+class ConfigurationRefused(UserError):
+    """The run cannot go on with this configuration. ``run``: it, with the refusal in its record."""
+
+    def __init__(self, message: str, run: RunFolder) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 @dataclass
@@ -58,15 +69,51 @@ class RunFolder:
             starts.append(environment)
             self.storage.write_json(RECORD, self.record)
 
-    def note_job(self, job: JobConfig, datasets: dict[str, str]) -> None:
-        """Keep the job as it is now, for those who have the run but not its file, and each ``evaluate`` block it had.
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Each change of the configuration that was made, or refused, since the run began; see ``changes``."""
+        made: list[dict[str, Any]] = self.record.get("changes", [])
+        return made
 
-        Datasets that the run trains on stay those it began with.
+    def go_on(self, job: JobConfig, datasets: dict[str, str]) -> None:
+        """Take the job as it is now for the rest of the run, where it may be so.
+
+        Raises:
+            ConfigurationRefused: see ``changes``; the refusal is noted.
         """
-        trained = {name for stage in job.train.stages for name in stage.mixture}
-        known: dict[str, str] = self.record["datasets"]
+        step = _steps_done(self.storage)
+        trained = trained_datasets(self.record["job"]["train"], step)
+        known = dict(self.record["datasets"])
         known |= {name: path for name, path in datasets.items() if name not in known or name not in trained}
-        plain = plain_job(job, known)
+        changes = compare(self.record["job"], plain_job(job, known), step)
+        if changes.refused:
+            self._note_change(changes.as_record())
+            self.storage.write_json(RECORD, self.record)
+            url = self.storage.url
+            raise ConfigurationRefused(f"{url} holds a run of another configuration; {changes.refusal}", self)
+        self.record["datasets"] = known
+        if changes.allowed:
+            rates = _learning_rates(self.record["job"]["train"], job.train, step)
+            self._note_change(changes.as_record() | rates)
+            self._note_configuration(job, step)
+        self.note_job(job)
+
+    def _note_change(self, change: dict[str, Any]) -> None:
+        made = self.record.setdefault("changes", [])
+        if not made or made[-1] != change:  # a refusal may be asked for again and again
+            made.append(change)
+
+    def _note_configuration(self, job: JobConfig, step: int) -> None:
+        """From ``step`` on the run is trained by this; what no kept step was trained by is forgotten."""
+        decisive = decisive_configuration(job)
+        if decisive != self.record["configuration"]:
+            ranges = [one for one in self.record["configurations"] if one["from_step"] < step]
+            self.record["configurations"] = [*ranges, {"from_step": step, "configuration": decisive}]
+            self.record["configuration"] = decisive
+
+    def note_job(self, job: JobConfig) -> None:
+        """Keep the job as it is now, for who has the run but not its file, and each ``evaluate`` block it had."""
+        plain = plain_job(job, self.record["datasets"])
         blocks = self.record.setdefault("evaluate", [])
         if self.record.get("job") != plain or not blocks or blocks[-1] != plain["evaluate"]:
             if not blocks or blocks[-1] != plain["evaluate"]:
@@ -87,25 +134,25 @@ def open_run_folder(job: JobConfig, root: Storage, datasets: dict[str, str]) -> 
         datasets: folder or url of each dataset that is prepared, by name.
 
     Raises:
-        UserError: the folder holds a run of another configuration; names the field that differs.
+        ConfigurationRefused: the folder holds a run of another configuration; names the field that differs.
     """
     storage = root.at(run_path(job))
     decisive = decisive_configuration(job)
     record = read_record(storage)
     if record is not None:
-        _refuse_change(record["configuration"], decisive, storage)
         run = RunFolder(root, storage, run_path(job), record)
-        run.note_job(job, datasets)
+        run.go_on(job, datasets)
         return run
     record = {
         "format": "glscl-run",
         "version": 1,
         "key": f"{job.name}-{uuid.uuid4().hex[:12]}",
         "configuration": decisive,
+        "configurations": [{"from_step": 0, "configuration": decisive}],
         "datasets": dict(datasets),
     }
     run = RunFolder(root, storage, run_path(job), record)
-    run.note_job(job, datasets)
+    run.note_job(job)
     return run
 
 
@@ -183,33 +230,36 @@ def read_record(storage: Storage) -> dict[str, Any] | None:
 
 
 def decisive_configuration(job: JobConfig) -> dict[str, Any]:
-    """The part of the job that a run cannot change once it has begun."""
-    train = job.train.model_dump(mode="json")
+    """The part of the job that decides what is trained, and how."""
     return {
         "seed": job.seed,
         "model": job.model.model_dump(mode="json"),
-        "train": {key: value for key, value in train.items() if key not in _FREE_TO_CHANGE},
+        "train": job.train.model_dump(mode="json"),
     }
 
 
-def _refuse_change(before: dict[str, Any], now: dict[str, Any], storage: Storage) -> None:
-    was, is_ = dict(_leaves("", before)), dict(_leaves("", now))
-    changed = [key for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)]
-    if changed:
-        shown = "; ".join(f"{key} was {was.get(key)!r}, now {is_.get(key)!r}" for key in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"{storage.url} holds a run of another configuration ({shown}{more}); "
-            "give the job another name, or undo the change to go on"
-        )
+def _steps_done(run: Storage) -> int:
+    """Optimizer steps whose result is kept."""
+    from pipeline.training.checkpoints import list_checkpoints  # torch
+
+    return max((checkpoint.step for checkpoint in list_checkpoints(run)), default=0)
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), item)
-    elif isinstance(value, list) and value:
-        for index, item in enumerate(value):
-            yield from _leaves(f"{prefix}.{index}", item)
-    else:
-        yield re.sub(r"\s+", " ", prefix), value
+def _learning_rates(before: dict[str, Any], now: TrainBlock, step: int) -> dict[str, Any]:
+    """The learning rate of the next step by both configurations, where a change moves it."""
+    was = TrainBlock.model_validate(before)
+    if step >= min(was.total_steps, now.total_steps):
+        return {}
+    rates = {
+        "was": was.learning_rate * learning_rate_at(was, step),
+        "now": now.learning_rate * learning_rate_at(now, step),
+    }
+    if math.isclose(rates["was"], rates["now"]):
+        return {}
+    logger.warning(
+        "learning rate of step %d: %g by the changed configuration, %g before",
+        step + 1,
+        rates["now"],
+        rates["was"],
+    )
+    return {"learning_rate_of_next_step": rates}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from cluster.board import Board
 from pipeline.config import JobConfig
@@ -33,6 +34,21 @@ def checkpoint_entry(run: Storage, checkpoint: Checkpoint) -> CheckpointEntry:
     return CheckpointEntry(
         checkpoint.step, checkpoint.stage, run.url_of(checkpoint.path), checkpoint.digest, params
     )
+
+
+def progress_note(news: Mapping[str, Any]) -> str:
+    """A step's metrics in short. A step that was skipped has no loss, one that was left out no speed either."""
+    note = str(news["stage"])
+    if "loss/total" in news:
+        note += f"  loss {news['loss/total']:.3f}"
+    if "speed/samples_per_s" in news:
+        note += (
+            f"  {news['speed/samples_per_s']:.0f} samples/s  "
+            f"waiting for data {news['time/waiting_for_data_share']:.0%}"
+        )
+    if news.get("health/skipped_steps"):
+        note += f"  {news['health/skipped_steps']:.0f} steps skipped"
+    return note
 
 
 class Watch:
@@ -101,8 +117,4 @@ class Watch:
             logger.error(warning)
         news = notes.get("training")
         if news is not None:
-            note = (
-                f"{news['stage']}  loss {news['loss/total']:.3f}  {news['speed/samples_per_s']:.0f} samples/s  "
-                f"waiting for data {news['time/waiting_for_data_share']:.0%}"
-            )
-            self._progress.update(news["step"], note)
+            self._progress.update(news["step"], progress_note(news))

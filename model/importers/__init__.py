@@ -19,11 +19,11 @@ from model.glscl import GLSCLModel, GLSCLPreTrainedModel
 from model.importers.clip import hf_clip, openai_clip, timm_clip
 from model.importers.errors import WeightImportError
 from model.importers.files import read_weights, weights_among
-from model.importers.plan import Blueprint, Frame, ImportReport, draw_plan
+from model.importers.plan import Blueprint, Frame, ImportReport, Plan, draw_plan
 from model.importers.released import released_checkpoint
 from model.importers.roberta import hf_roberta, hf_roberta_with_head
 
-__all__ = ["ImportReport", "WeightImportError", "WeightKind", "import_weights"]
+__all__ = ["ImportReport", "Plan", "WeightImportError", "WeightKind", "import_weights", "plan_import"]
 
 WeightKind = Literal["auto", "openai_clip", "timm_clip", "hf_clip", "roberta", "glscl"]
 
@@ -60,7 +60,7 @@ def import_weights(
     and text positions beyond ``config.max_position_embeddings`` are left out. All of it is in the report.
 
     Args:
-        model: a bare backbone or one with heads, on any device, not yet sharded (ZeRO-3).
+        model: a bare backbone or one with heads, on any device, not sharded (ZeRO 3): see :func:`plan_import`.
         source: a safetensors file (or the index of its shards), a torch file (``torch.save``, Lightning,
             TorchScript), a folder with one of these, or a state dict.
         kind: ``openai_clip``, ``timm_clip`` and ``hf_clip`` fill the vision encoder, ``roberta`` the text
@@ -73,6 +73,24 @@ def import_weights(
     Raises:
         WeightImportError: unreadable, of no known kind, or it does not fit; the model is unchanged.
         ValueError: an unknown ``kind``, or ``language_head`` with weights that have none.
+    """
+    plan = plan_import(model, source, kind=kind, strict=strict, language_head=language_head)
+    plan.apply(model)
+    return plan.report
+
+
+def plan_import(
+    model: GLSCLPreTrainedModel,
+    source: Path | str | Mapping[str, Tensor],
+    *,
+    kind: WeightKind = "auto",
+    strict: bool = True,
+    language_head: bool = False,
+) -> Plan:
+    """What :func:`import_weights` would do, all of it checked and nothing done; ``model`` may be partitioned (ZeRO 3).
+
+    Raises:
+        WeightImportError, ValueError: as :func:`import_weights`.
     """
     if kind not in get_args(WeightKind):
         raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(get_args(WeightKind))}")
@@ -90,9 +108,7 @@ def import_weights(
         parameters=tuple(name for name, _ in model.named_parameters()),
         names=frozenset(weights.tensors),
     )
-    plan = draw_plan(model, family(frame), weights, chosen, where, strict)
-    plan.apply(model)
-    return plan.report
+    return draw_plan(model, family(frame), weights, chosen, where, strict)
 
 
 def _kind_of(names: Iterable[str], where: str) -> str:

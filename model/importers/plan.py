@@ -207,8 +207,9 @@ def _make(
         problems.append(f"{origin}: {misfit}")
         return None
     shape = (made.tensor if isinstance(made, Adapted) else made).shape
-    if shape != parameter.shape:
-        problems.append(f"{origin} gives {list(shape)}, but {target} is {list(parameter.shape)}")
+    wanted = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves an empty tensor, and its shape
+    if shape != wanted:
+        problems.append(f"{origin} gives {list(shape)}, but {target} is {list(wanted)}")
         return None
     return made
 

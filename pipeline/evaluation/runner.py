@@ -49,7 +49,7 @@ class Runner:
             BadData: the checkpoint's files are not those that were committed.
             UserError: the dataset is not there.
             BadDataLimit: too many samples cannot be read.
-            WorkerGroupError, NonFiniteLoss: the fine-tuning failed, where the task has one.
+            WorkerGroupError, Unhealthy: the fine-tuning failed, where the task has one.
         """
         if assignment.task.fine_tuning is not None:
             return self._fine_tuned(assignment)

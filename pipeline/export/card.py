@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.evaluation.ledger import Outcome
-from pipeline.export.facts import Data, Facts
+from pipeline.export.facts import Data, Facts, Stage
 
 _DIRECTIONS = (("t2i", "caption → picture", "images"), ("i2t", "picture → caption", "texts"))
 
@@ -203,15 +203,15 @@ def _training(facts: Facts) -> str:
         for stage in facts.stages
     ]
     train = facts.train
-    warmup, decay = train["schedule"]["warmup"], train["schedule"]["decay"]
+    batches = list(dict.fromkeys(str(stage.accumulation) for stage in facts.stages))
     items = {
         "optimizer": f"AdamW, betas {train['betas'][0]:g} and {train['betas'][1]:g}, eps {train['eps']:g}, "
         f"weight decay {train['weight_decay']:g}, gradients {_clipping(train['clipping'])}",
         "learning rate": f"{train['learning_rate']:g} for the encoders, x {train['fusion_multiplier']:g} for fusion, "
-        f"x {train['head_multiplier']:g} for the heads; warm-up over {100 * warmup:g} % of {facts.steps} steps, then "
-        f"{'constant' if decay == 'constant' else f'{decay} decay'}",
+        f"x {train['head_multiplier']:g} for the heads; {_schedule(train['schedule'], facts.shared_steps)}"
+        f"{''.join(map(_own_rate, facts.stages))}",
         "precision": f"{facts.precision}; DeepSpeed ZeRO stage {facts.zero_stage} on {facts.workers} workers, "
-        f"{train['accumulation']} contrastive batches a step",
+        f"{' or '.join(batches)} contrastive batches a step",
         "augmentation": "; ".join(
             f"`{stage.name}`: {_augmentation(stage.augmentation)}" for stage in facts.stages
         ),
@@ -222,6 +222,18 @@ def _training(facts: Facts) -> str:
     if bad:
         items["unreadable samples"] = ", ".join(f"{cause} {count:,}" for cause, count in bad.items())
     return _table(head, rows, right=[1, 4, 5, 6]) + "\n\n" + _list(items)
+
+
+def _schedule(schedule: dict[str, Any], steps: int) -> str:
+    decay = "constant" if schedule["decay"] == "constant" else f"{schedule['decay']} decay"
+    return f"warm-up over {100 * schedule['warmup']:g} % of {steps} steps, then {decay}"
+
+
+def _own_rate(stage: Stage) -> str:
+    """What a stage has of its own, of peak and schedule; empty: it goes by those of the run."""
+    own = [] if stage.learning_rate is None else [f"{stage.learning_rate:g} for the encoders"]
+    own += [] if stage.schedule is None else [_schedule(stage.schedule, stage.steps)]
+    return f"; `{stage.name}`: {', '.join(own)}" if own else ""
 
 
 def _clipping(limit: float | None) -> str:

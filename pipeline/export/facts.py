@@ -43,6 +43,9 @@ class Stage:
     resolution: int
     frames: int
     global_batch: int
+    accumulation: int
+    learning_rate: float | None
+    schedule: dict[str, Any] | None
     augmentation: dict[str, Any]
 
 
@@ -58,6 +61,7 @@ class Facts:
         seed, workers, precision, zero_stage: as the checkpoint's own record has them.
         train: of the job's ``train`` block what decides the weights (see ``_TRAIN``).
         steps: of all stages of the job.
+        shared_steps: of those of them that have no schedule of their own.
         begun_with: names of the weights files, without the places they lay in.
         code: of each start of the training that ran other code than the one before; empty: not recorded.
         outcomes: finished evaluations of this checkpoint, failed ones too.
@@ -76,6 +80,7 @@ class Facts:
     train: dict[str, Any]
     stages: list[Stage]
     steps: int
+    shared_steps: int
     begun_with: list[str]
     code: list[dict[str, str]]
     data: list[Data]
@@ -85,7 +90,7 @@ class Facts:
 
 _TRAIN = (
     *("learning_rate", "fusion_multiplier", "head_multiplier", "weight_decay", "betas", "eps", "clipping"),
-    *("schedule", "accumulation"),
+    "schedule",
 )
 
 
@@ -111,6 +116,7 @@ def gather(source: RunSource, checkpoint: Checkpoint, weights: Path, license_: s
         train={name: train[name] for name in _TRAIN},
         stages=stages,
         steps=sum(stage["steps"] for stage in train["stages"]),
+        shared_steps=sum(stage["steps"] for stage in train["stages"] if stage["schedule"] is None),
         begun_with=[PurePosixPath(place).name for place in configuration["model"]["weights"]],
         code=source.record.get("code", []),
         data=_data(source, checkpoint, stages, outcomes),
@@ -134,6 +140,9 @@ def _stages(train: dict[str, Any], image_size: int, step: int) -> list[Stage]:
                     resolution=stage["resolution"] or image_size,
                     frames=stage["frames"],
                     global_batch=stage["global_batch"] or train["global_batch"],
+                    accumulation=stage["accumulation"] or train["accumulation"],
+                    learning_rate=stage["learning_rate"],
+                    schedule=stage["schedule"],
                     augmentation=stage["augmentation"],
                 )
             )

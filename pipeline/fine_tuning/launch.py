@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import ClusterConfig
 from pipeline.runs import read_record
 from pipeline.tracking import Tracker, TrackingConfig, environment_tags, flatten_params
+from pipeline.training.health.config import HealthBlock
 from sharding.errors import BadData, BadDataLimit, StorageFault
 
 if TYPE_CHECKING:
@@ -48,11 +49,13 @@ class FineTuningSetup:
         cluster: the job's block.
         tracking: where metrics go; ``uri`` absolute.
         datasets: the job's prepared datasets by name.
+        health: the job's block.
     """
 
     cluster: ClusterConfig
     tracking: TrackingConfig
     datasets: Mapping[str, Storage]
+    health: HealthBlock = field(default_factory=HealthBlock)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def fine_tuned(assignment: Assignment, setup: FineTuningSetup, folder: Path) -> 
     Raises:
         UserError: see ``pipeline.fine_tuning.learner.open_training``.
         BadData: the checkpoint, or the kept model, is not what was committed.
-        NonFiniteLoss, BadDataLimit, StorageFault, ClusterError, WorkerGroupError: as a training.
+        Unhealthy, BadDataLimit, StorageFault, ClusterError, WorkerGroupError: as a training.
     """
     place = assignment.run.at(
         f"{FOLDER}/{assignment.task.name}-v{assignment.version}/{assignment.checkpoint.digest[:16]}"
@@ -123,7 +126,7 @@ def _train(assignment: Assignment, setup: FineTuningSetup, place: Storage) -> Ch
 
     from cluster.resources import for_fine_tuning
     from cluster.workers import run_workers
-    from pipeline.errors import NonFiniteLoss
+    from pipeline.errors import Unhealthy
     from pipeline.training.checkpoints import list_checkpoints
     from pipeline.training.loop import TrainingPlan, train
 
@@ -147,6 +150,7 @@ def _train(assignment: Assignment, setup: FineTuningSetup, place: Storage) -> Ch
             tracking_key=key,
             tracking_run=tracker.run_id,
             scratch=scratch,
+            health=setup.health,
         )
         run_workers(
             train,
@@ -156,7 +160,7 @@ def _train(assignment: Assignment, setup: FineTuningSetup, place: Storage) -> Ch
             name=key,
             max_failures=course.max_failures,
             scratch=scratch / "ray",
-            no_retry=(ValueError, BadData, NonFiniteLoss, BadDataLimit, StorageFault),
+            no_retry=(ValueError, BadData, Unhealthy, BadDataLimit, StorageFault),
             patience_s=_PATIENCE_S,
         )
     shutil.rmtree(scratch, ignore_errors=True)

@@ -22,7 +22,6 @@ from pipeline.fine_tuning.examples import Collator, FineTuningBatch, Sample
 from pipeline.training.checkpoints import Checkpoint, fetch_model
 from pipeline.training.config import Stage
 from pipeline.training.data_order import Ordered
-from pipeline.training.health import check_finite
 from pipeline.training.learner import Losses, Part, reseed_dropout
 from pipeline.training.loading import StageSampler, batch_loader, pixel_memory
 from sharding.seeds import derive_seed
@@ -212,7 +211,6 @@ class FineTuner:
         dist.all_reduce(found)
         *sums, right, samples = found
         losses = {name: total / self._context.world_size for name, total in zip(names, sums, strict=True)}
-        check_finite(losses, batch.keys, part.step + 1)
         engine.backward(judged.loss)
         return Losses(losses, {"accuracy": right / samples.clamp(min=1.0)})
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.tracking.changes import log_change
 from pipeline.tracking.links import NOTE, REPORT, evaluation_note
 from pipeline.tracking.registry import BEST, DIGEST, Registry, alias_of
 from pipeline.tracking.runs import RunHandle, flatten_params
@@ -216,6 +217,10 @@ class RunResults:
     def tag(self, name: str, value: str) -> None:
         """A tag of the parent run."""
         self._client.set_tag(self._run.run_id, name, value[:_TAG_LIMIT])
+
+    def log_change(self, number: int, change: Mapping[str, Any]) -> None:
+        """A change of the configuration, see :func:`pipeline.tracking.changes.log_change`."""
+        log_change(self._client, self._run.run_id, number, change)
 
     def log_report(self, html: str, text: str) -> None:
         """The evaluation report as artifacts ``evaluation/report.{html,txt}`` of the parent run."""

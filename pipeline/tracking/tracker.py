@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import connect, is_permanent, one_line
@@ -105,6 +105,10 @@ class Tracker:
     def tag(self, name: str, value: str) -> None:
         """A tag of the run, at once as a whole."""
         self._add(f"tag {name}", lambda r: r.tag(name, value))
+
+    def change(self, number: int, change: Mapping[str, Any]) -> None:
+        """A change of the configuration, made or refused, of that number; see ``changes.log_change``."""
+        self._add(f"change {number} of the configuration", lambda r: r.log_change(number, change))
 
     def report(self, html: str, text: str) -> None:
         """Stores the evaluation report with the run, in place of the one before; one that still waits is left out."""

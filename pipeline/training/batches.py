@@ -200,7 +200,7 @@ def stage_loader(
     workers: int = 1,
     around: Callable[[StageSampler], Sampler[list[Slot]]] | None = None,
 ) -> DataLoader[Any]:
-    """The batches of one worker for the rest of a stage, in order, ``train.accumulation`` a step.
+    """The batches of one worker for the rest of a stage, in order, ``train.accumulation_of(stage)`` a step.
 
     ``around`` may wrap the sampler, e.g. to fetch what its batches need.
     """

@@ -14,28 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.training.deepspeed_block import check_block
 from sharding.order import LARGEST_WINDOW
 
 ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
 
 #: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
 PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
-
-#: Keys of DeepSpeed's configuration that a recipe decides elsewhere, and where.
-DEEPSPEED_OWNED = {
-    "train_batch_size": ("global_batch",),
-    "train_micro_batch_size_per_gpu": ("global_batch", "accumulation", "workers"),
-    "gradient_accumulation_steps": ("accumulation",),
-    "gradient_clipping": ("clipping",),
-    "optimizer": ("learning_rate", "betas", "eps", "weight_decay"),
-    "scheduler": ("schedule",),
-    "bf16": ("precision",),
-    "fp16": ("precision",),
-    "torch_autocast": ("precision",),
-    "compile": ("compile",),
-    "activation_checkpointing": ("activation_checkpointing",),
-    "checkpoint": (),
-}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -60,7 +45,7 @@ class AugmentationBlock(Block):
 
 
 class ScheduleBlock(Block):
-    """Learning-rate schedule over the whole run: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
+    """Learning-rate schedule of the run or of a stage: linear warm-up, then decay (GLSCL: 10 %, linear to 0)."""
 
     warmup: Fraction = 0.1
     decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -80,6 +65,16 @@ class Stage(Block):
     )
     global_batch: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="default: train.global_batch"
+    )
+    accumulation: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="default: train.accumulation"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="peak of this stage; default: train.learning_rate"
+    )
+    schedule: ScheduleBlock | None = Field(
+        default=None,
+        description="over this stage's own steps; default: train.schedule, over the steps of the stages without one",
     )
     checkpoint_every: Annotated[int, Field(gt=0)] | None = Field(
         default=None, description="steps; the stage's end always"
@@ -127,7 +122,9 @@ class Recipe(Block):
     clipping: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="largest gradient norm; null: none"
     )
-    schedule: ScheduleBlock = ScheduleBlock()
+    schedule: ScheduleBlock = Field(
+        default=ScheduleBlock(), description="over the steps of all stages that have none of their own"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each block in the backward instead of keeping its activations"
     )
@@ -151,14 +148,7 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _runs(self) -> Self:
         place = self.PLACE
-        for key, owners in DEEPSPEED_OWNED.items():
-            if key in self.deepspeed:
-                where = " and ".join(f"{place}.{owner}" for owner in owners) or "the checkpoints block"
-                raise ValueError(f"{place}.deepspeed.{key} is decided by {where}: set it there")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(
-                f"{place}.deepspeed.zero_optimization.stage: got {self.zero_stage}; must be 0, 1, 2 or 3"
-            )
+        check_block(self.deepspeed, self.precision, place)
         if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise ValueError(
                 f"{place}.precision: {self.precision} needs {place}.deepspeed.zero_optimization.stage 1, 2 or 3"
@@ -170,8 +160,8 @@ class Recipe(Block):
             )
         return self
 
-    def _check_global_batch(self, batch: int, where: str) -> None:
-        unit = self.lanes * self.accumulation
+    def _check_global_batch(self, batch: int, where: str, accumulation: int | None = None) -> None:
+        unit = self.lanes * (accumulation or self.accumulation)
         if batch % unit:
             raise ValueError(
                 f"{where}: a global batch of {batch} is not a multiple of lanes x accumulation "
@@ -189,9 +179,21 @@ class Course(Recipe):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def batch_of(self, stage: Stage) -> int:
+        """Samples of an optimizer step of a stage, over all workers."""
+        return stage.global_batch or self.global_batch
+
+    def accumulation_of(self, stage: Stage) -> int:
+        """Contrastive batches of an optimizer step of a stage."""
+        return stage.accumulation or self.accumulation
+
     def parts(self, stage: Stage) -> int:
         """In how many parts a worker computes its share of a stage's contrastive batch."""
         return 1
+
+    def backwards(self, stage: Stage) -> int:
+        """Backward passes of a worker in an optimizer step of a stage: DeepSpeed's accumulation steps."""
+        return self.accumulation_of(stage) * self.parts(stage)
 
 
 class TrainBlock(Course):
@@ -221,28 +223,25 @@ class TrainBlock(Course):
 
     def _splitting(self) -> list[int]:
         """Numbers of workers among which lanes, and parts of every stage's batch, can be divided."""
-        batches = [stage.global_batch or self.global_batch for stage in self.stages]
+        contrastive = [self.batch_of(stage) // self.accumulation_of(stage) for stage in self.stages]
         part = self.micro_batch or 1
         return [
             number
             for number in divisors(self.lanes)
-            if all(batch % (self.accumulation * number * part) == 0 for batch in batches)
+            if all(batch % (number * part) == 0 for batch in contrastive)
         ]
 
     def parts(self, stage: Stage) -> int:
-        share = (stage.global_batch or self.global_batch) // (self.accumulation * self.workers)
+        share = self.batch_of(stage) // (self.accumulation_of(stage) * self.workers)
         return share // self.micro_batch if self.micro_batch else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for stage in self.stages:
-            batch = stage.global_batch or self.global_batch
-            self._check_global_batch(batch, f"stage '{stage.name}'")
-            self._check_micro_batch(stage, batch)
-        if len({self.parts(stage) for stage in self.stages}) > 1:
-            raise ValueError(
-                "train.micro_batch: the stages' global batches make a different number of parts; it must be the same"
+            self._check_global_batch(
+                self.batch_of(stage), f"stage '{stage.name}'", self.accumulation_of(stage)
             )
+            self._check_micro_batch(stage)
         self._check_sizes()
         names = [stage.name for stage in self.stages]
         for name in names:
@@ -258,8 +257,9 @@ class TrainBlock(Course):
                 f"train.workers {self.workers} choose from {possible}"
             )
 
-    def _check_micro_batch(self, stage: StageBlock, batch: int) -> None:
-        group, share = batch // (self.lanes * self.accumulation), batch // (self.accumulation * self.workers)
+    def _check_micro_batch(self, stage: StageBlock) -> None:
+        contrastive = self.batch_of(stage) // self.accumulation_of(stage)
+        group, share = contrastive // self.lanes, contrastive // self.workers
         if self.micro_batch is not None and (share % self.micro_batch or self.micro_batch % group):
             possible = [size for size in divisors(share) if size % group == 0]
             raise ValueError(

@@ -2,8 +2,9 @@
 
 A sample's id is (digest of the dataset's shards, shard, row). For each step the ledger holds the sum modulo
 2^128 of the BLAKE2b hashes of the ids trained on, how many they were, and every slot that was masked, with its
-cause. A sum does not depend on the order inside the batch, nor on which worker held what: each worker adds up
-its own part while it trains (half a microsecond a sample), and the parts meet when a checkpoint is written.
+cause (of a step without an update, see ``health``, all are). A sum does not depend on the order inside the batch,
+nor on which worker held what: each worker adds up its own part while it trains (half a microsecond a sample), and
+the parts meet when a checkpoint is written.
 
 Layout, below the run's folder::
 
@@ -29,10 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.errors import BadData
+from pipeline.training.schedule import stages_begun
+from sharding.errors import BadData, UserError
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerContext
+    from pipeline.training.config import Course
     from pipeline.training.loading import TrainingBatch
     from sharding.storage import Storage
 
@@ -58,6 +61,31 @@ _SCHEMA = pa.schema(
         ),
     ]
 )
+
+
+def refuse_other_shards(
+    record: Mapping[str, Any], shards: Mapping[str, str], course: Course, url: str
+) -> None:
+    """Refuse to go on where what was trained on is not what lies there now.
+
+    Samples may be retracted while a run goes on: what its shards hold must be the same. Stages to come may be given
+    other data.
+
+    Args:
+        record: of the checkpoint at ``url``, from which the run goes on.
+        shards: digest of the shards of each dataset as they are now.
+
+    Raises:
+        UserError: names the dataset.
+    """
+    begun = stages_begun([stage.steps for stage in course.stages], record["step"])
+    for name in sorted({name for stage in course.stages[:begun] for name in stage.mixture}):
+        if record["shards"][name] != shards[name]:
+            raise UserError(
+                f"{url} was trained on other shards of '{name}' (digest {record['shards'][name][:12]}) than lie "
+                f"there now ({shards[name][:12]}); a run goes on with what it began with: give the job another "
+                "name to start anew"
+            )
 
 
 @dataclass(frozen=True, order=True)
@@ -143,12 +171,14 @@ class ConsumptionRecorder:
         self._run, self._newest = run, newest
         self._hashes = {name: SampleHash(digest) for name, digest in shards.items()}
         self._steps: list[StepRecord] = []
+        self._trained: list[tuple[int, int]] = []  # (shard, row) of this worker in the step at hand
 
     def add(self, step: int, batch: TrainingBatch) -> None:
         """Note what this worker trains on in ``step``, counted from 1; once for each of its contrastive batches."""
         slot = batch.slots[0]  # a step is of one dataset and one epoch
         if not self._steps or self._steps[-1].step != step:
             self._steps.append(StepRecord(step, slot.dataset, slot.epoch))
+            self._trained = []
         record = self._steps[-1]
         trained = []
         for place, cause in zip(batch.slots, batch.causes, strict=True):
@@ -164,6 +194,14 @@ class ConsumptionRecorder:
         if trained:
             record.digest = (record.digest + self._hashes[slot.dataset].total(np.array(trained))) % MODULUS
             record.trained += len(trained)
+            self._trained += trained
+
+    def leave_out(self, step: int, cause: str) -> None:
+        """Note that the step at hand, whose batches are all noted, moved no weights: its samples count as masked."""
+        record = self._steps[-1]
+        assert record.step == step
+        record.masked += [Masked(shard, row, cause) for shard, row in self._trained]
+        record.digest, record.trained, self._trained = 0, 0, []
 
     def take(self, context: WorkerContext) -> list[StepRecord]:
         """The steps since the last part, of all workers together, to be written by worker 0. Collective."""

@@ -10,8 +10,8 @@ from cluster.engine import prepare_deepspeed
 from cluster.workers import WorkerContext
 from model import GLSCLConfig, GLSCLForPreTraining, GLSCLPreTrainedModel
 from pipeline.config import ModelBlock
-from pipeline.training.config import Course, Recipe, TrainBlock
-from sharding.seeds import derive_seed
+from pipeline.training.config import Course, Recipe, Stage, TrainBlock
+from pipeline.training.partitioned import draw_weights, making_a_model
 
 
 def model_config(block: ModelBlock) -> GLSCLConfig:
@@ -19,10 +19,20 @@ def model_config(block: ModelBlock) -> GLSCLConfig:
     return GLSCLConfig.preset(block.preset, **block.overrides)
 
 
-def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreTraining:
-    """GLSCL with weights drawn from the run's seed: the same on every worker."""
-    torch.manual_seed(derive_seed(seed, "initialisation"))
-    model = GLSCLForPreTraining(model_config(block))
+def build_model(
+    block: ModelBlock, train: TrainBlock, seed: int, device: torch.device | None = None
+) -> GLSCLForPreTraining:
+    """GLSCL with weights drawn from the run's seed: the same on every worker.
+
+    Args:
+        device: the worker's. Given, ZeRO 3 partitions the model while it is made (collective); None: it stays whole.
+    """
+    partitioned = train.zero_stage == 3 and device is not None
+    if device is not None:
+        prepare_deepspeed(device)
+    with making_a_model(deepspeed_config(train) if partitioned else None):
+        model = GLSCLForPreTraining(model_config(block))
+    draw_weights(model, seed)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     if train.compile:
@@ -32,19 +42,21 @@ def build_model(block: ModelBlock, train: TrainBlock, seed: int) -> GLSCLForPreT
 
 
 def deepspeed_config(train: Course) -> dict[str, Any]:
-    """The ``deepspeed`` block, completed by what is decided elsewhere (see ``config.DEEPSPEED_OWNED``)."""
-    backwards = train.accumulation * train.parts(train.stages[0])
+    """The ``deepspeed`` block, completed by what is decided elsewhere (see ``deepspeed_block``)."""
+    first = train.stages[0]
+    backwards = train.backwards(first)
     config: dict[str, Any] = {
         **train.deepspeed,
-        "train_micro_batch_size_per_gpu": train.global_batch // (backwards * train.workers),
+        "train_micro_batch_size_per_gpu": train.batch_of(first) // (backwards * train.workers),
         "gradient_accumulation_steps": backwards,
         "gradient_clipping": train.clipping or 0.0,
     }
     config.setdefault("steps_per_print", 2**31)  # the job reports by itself
     if train.precision == "bf16-autocast":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        own = train.deepspeed.get("torch_autocast", {})
+        config["torch_autocast"] = {**own, "enabled": True, "dtype": "bfloat16"}
     elif train.precision != "fp32":
-        config[train.precision] = {"enabled": True}
+        config[train.precision] = {**train.deepspeed.get(train.precision, {}), "enabled": True}
     if train.zero_stage:
         # An offloaded optimizer is torch's AdamW too: DeepSpeed's own is compiled at first use.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -70,14 +82,32 @@ def build_engine(
     return engine, peaks
 
 
+def begin_stage(engine: Any, train: Course, stage: Stage) -> None:
+    """Tell the engine how many backward passes make a step from here on, and that none of them is done yet.
+
+    Only between steps: a gradient that is half collected would be counted wrong.
+    """
+    backwards = train.backwards(stage)
+    engine.set_train_micro_batch_size(train.batch_of(stage) // (backwards * train.workers))
+    engine.set_train_batch_size(train.batch_of(stage))
+    engine.micro_steps = 0  # the boundary is where this count, from 1, is a multiple of the passes
+    if train.zero_stage:
+        engine.optimizer.gradient_accumulation_steps = backwards  # its copy: whether it sums before the norm
+
+
 def optimizer_step(engine: Any, train: Recipe) -> None:
     """The engine's own step, which acts on the last accumulation part only; then gradients that must not stay."""
     updates = engine.is_gradient_accumulation_boundary()
     engine.step()
-    if train.zero_stage == 3 and updates:
+    if train.zero_stage and updates:
         # A parameter that the next step leaves out (another modality, fewer objectives) would be updated with
-        # its old gradient once more: stage 3 keeps them in this buffer.
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
+        # its old gradient once more: stage 3 keeps them in this buffer, an offloaded optimizer in those.
+        if train.zero_stage == 3:
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            for partition in getattr(engine.optimizer, name, []):
+                if partition.grad is not None:
+                    partition.grad.zero_()
 
 
 def gradient_norm(engine: Any) -> float:
@@ -87,3 +117,14 @@ def gradient_norm(engine: Any) -> float:
     """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def loss_scale(engine: Any) -> float:
+    """Factor on the loss before the backward, which keeps small gradients above fp16's smallest number (bf16: 1).
+
+    NaN in fp32.
+    """
+    if not (engine.fp16_enabled() or engine.bfloat16_enabled()):
+        return float("nan")
+    scale = getattr(engine.optimizer, "loss_scale", None)
+    return float("nan") if scale is None else float(scale)

@@ -85,8 +85,7 @@ class Learner(Protocol):
     def forward_backward(self, engine: Any, stage: Stage, batch: Any, part: Part) -> Losses:
         """Losses of a contrastive batch, its gradient handed to the engine; one step of the engine is left to do.
 
-        Raises:
-            NonFiniteLoss: on every worker.
+        Losses that are not finite are returned as they are: the step is judged as a whole (``health.monitor``).
         """
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.training.config import Course, Stage
 from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder, Ordered
+from pipeline.training.health.stacks import write_stacks_on_signal
 from pipeline.training.transport import SharedPixels, send_batches_through_slots
 
 #: Batches that each loader process works on ahead of the training.
@@ -91,23 +92,24 @@ class StageSampler(Sampler[list[Slot]]):
     @property
     def group_size(self) -> int:
         """Samples that one lane gives to one contrastive batch."""
-        global_batch = self._stage.global_batch or self._train.global_batch
-        return global_batch // (self._train.lanes * self._train.accumulation)
+        return self._train.batch_of(self._stage) // (
+            self._train.lanes * self._train.accumulation_of(self._stage)
+        )
 
     @property
     def batch_size(self) -> int:
         """Samples of one worker in one contrastive batch."""
-        global_batch = self._stage.global_batch or self._train.global_batch
-        return global_batch // (self._train.accumulation * self._workers)
+        return self._train.batch_of(self._stage) // (self._train.accumulation_of(self._stage) * self._workers)
 
     def __len__(self) -> int:
-        return (self._stage.steps - self._start_step) * self._train.accumulation
+        return (self._stage.steps - self._start_step) * self._train.accumulation_of(self._stage)
 
     def __iter__(self) -> Iterator[list[Slot]]:
         for step in self._order.stage(self._stage, self._start_step):
             slots = self._order.slots(step, self._worker, self._workers)
             lanes = self._train.lanes // self._workers
-            by_batch = slots.reshape(lanes, self._train.accumulation, self.group_size, 2).swapaxes(0, 1)
+            accumulation = self._train.accumulation_of(self._stage)
+            by_batch = slots.reshape(lanes, accumulation, self.group_size, 2).swapaxes(0, 1)
             for part in by_batch:
                 yield [
                     Slot(step.dataset, shard, row, step.epoch) for shard, row in part.reshape(-1, 2).tolist()
@@ -145,3 +147,4 @@ def _begin_loader_process(_: int) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     send_batches_through_slots()
+    write_stacks_on_signal()

@@ -8,6 +8,7 @@ trained is the learner's to know (``learner``): pre-training, or the fine-tuning
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -28,13 +29,31 @@ from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_ch
 from pipeline.training.checkpoints.resuming import resume
 from pipeline.training.checkpoints.writer import CheckpointWriter
 from pipeline.training.config import Course, Stage
-from pipeline.training.consumption import ConsumptionRecorder, PartReference, StepRecord
-from pipeline.training.engine import build_engine, gradient_norm, optimizer_step
-from pipeline.training.health import BadSampleGuard
+from pipeline.training.consumption import (
+    ConsumptionRecorder,
+    PartReference,
+    StepRecord,
+    refuse_other_shards,
+)
+from pipeline.training.deepspeed_block import check_offload
+from pipeline.training.engine import (
+    begin_stage,
+    build_engine,
+    gradient_norm,
+    loss_scale,
+    optimizer_step,
+)
+from pipeline.training.health.config import HealthBlock
+from pipeline.training.health.memory import explained
+from pipeline.training.health.monitor import Monitor
+from pipeline.training.health.phases import Phases
+from pipeline.training.health.samples import BadSampleGuard
+from pipeline.training.health.watchdog import watched
+from pipeline.training.health.windows import again_after_rollback, freed_by_rollback
 from pipeline.training.learner import Learner, Part, Subject
 from pipeline.training.loading import TrainingBatch
 from pipeline.training.preemption import Preemption
-from pipeline.training.schedule import learning_rate_scale, set_learning_rates
+from pipeline.training.schedule import learning_rate_at, set_learning_rates
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -56,6 +75,7 @@ class TrainingPlan:
         tracking_run: the id of the MLflow run, if there is one yet.
         scratch: local folder for checkpoints on their way and for the shard cache.
         board: where progress is posted for the driver, if it watches.
+        health: what is done when something goes wrong.
         fence: keeps workers that outlived their driver from writing beside those of the next one.
     """
 
@@ -70,6 +90,7 @@ class TrainingPlan:
     scratch: Path
     keep_last: int | None = None
     board: Board | None = None
+    health: HealthBlock = field(default_factory=HealthBlock)
     fence: Fence | None = None
 
     def warn(self, message: str) -> None:
@@ -91,6 +112,8 @@ class _Worker:
     metrics: MetricLogger | None
     guard: BadSampleGuard
     consumption: ConsumptionRecorder
+    health: Monitor
+    phases: Phases
     checkpoints: CheckpointWriter
     preemption: Preemption
     seconds: dict[str, float] = field(default_factory=dict)
@@ -101,18 +124,29 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
 
     Raises:
         UserError: the run was begun with other data, workers or ZeRO stage.
-        NonFiniteLoss, BadDataLimit: see ``health``.
+        NonFiniteLoss, LossSpike, BadDataLimit, OutOfMemory: see ``health``.
         Leaving: the workers were told to (``preemption``); the last step is in a checkpoint.
     """
+    with explained(plan.course, context), watched(plan, context) as phases:
+        again_after_rollback(partial(_attempt, context, plan, phases))
+
+
+def _attempt(context: WorkerContext, plan: TrainingPlan, phases: Phases) -> None:
+    """From the newest checkpoint to the end."""
     course = plan.course.resized(context.world_size)  # an elastic group has not always all its workers
     plan = replace(plan, course=course)
     started = time.monotonic()
+    phases.long("start")
     preemption = Preemption(context)
     learner = plan.subject.learner(context, plan.scratch)
+    check_offload(course.deepspeed, course.PLACE)
     engine, peaks = build_engine(learner.build_model(), course, context)
     identity = _identity(plan, learner)
     newest = resume(engine, plan.run, context, plan.scratch, expected=identity, warn=plan.warn)
     step = newest.step if newest else 0
+    shards = {name: data.shards_digest for name, data in learner.data.items()}
+    if newest is not None:
+        refuse_other_shards(newest.record, shards, course, plan.run.url_of(newest.path))
     consumed = PartReference(**newest.record["consumption"]) if newest else None
     if context.rank == 0:
         logger.info("%s at step %d of %d", "resuming" if newest else "starting", step, course.total_steps)
@@ -123,8 +157,10 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
         metrics = MetricLogger(
             plan.tracking, plan.tracking_key, run_id=plan.tracking_run, spool=plan.run.at("tracking")
         )
+    consumption = ConsumptionRecorder(plan.run, shards, consumed)
+    judged = newest.record["health"] if newest else None
     checkpoints = CheckpointWriter(plan.run, context, plan.scratch, committed=partial(_tidy, plan))
-    with closing(metrics) if metrics else nullcontext(), closing(checkpoints):
+    with freed_by_rollback(engine), closing(metrics) if metrics else nullcontext(), closing(checkpoints):
         worker = _Worker(
             plan=plan,
             context=context,
@@ -133,7 +169,11 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
             peaks=peaks,
             metrics=metrics,
             guard=BadSampleGuard(course.bad_sample_limit, context.device, course.PLACE),
-            consumption=ConsumptionRecorder(plan.run, identity["shards"], consumed),
+            consumption=consumption,
+            health=Monitor(
+                plan.health, course, engine, context, plan.run, consumption, judged, warn=plan.warn
+            ),
+            phases=phases,
             checkpoints=checkpoints,
             preemption=preemption,
         )
@@ -144,17 +184,14 @@ def train(context: WorkerContext, plan: TrainingPlan) -> None:
                 _run_stage(worker, index, stage, first, step - first)
                 step = first + stage.steps
             first += stage.steps
+        phases.long("end")  # what is on its way to the storage and to MLflow
 
 
 def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
-    """What a checkpoint must agree on for the run to go on from it.
-
-    Samples may be retracted while a run goes on: what its shards hold must be the same.
-    """
+    """What a checkpoint must agree on for the run to go on from it, besides what the shards hold."""
     return {
         "seed": plan.seed,
         "precision": plan.course.precision,
-        "shards": {name: data.shards_digest for name, data in learner.data.items()},
         **learner.identity(),
     }
 
@@ -162,24 +199,30 @@ def _identity(plan: TrainingPlan, learner: Learner) -> dict[str, Any]:
 def _run_stage(worker: _Worker, index: int, stage: Stage, first: int, start: int) -> None:
     """Train one stage from its own step ``start``; ``first`` is the run's step at which the stage begins."""
     plan = worker.plan
+    begin_stage(worker.engine, plan.course, stage)
     batches = _timed(worker.learner.loader(stage, start))
     every = stage.checkpoint_every or plan.checkpoint_every
     worker.preemption.agree()
     worker.preemption.leave(worker.checkpoints)
     for step in range(first + start, first + stage.steps):
         worker.checkpoints.check()
-        record = _train_step(worker, stage, step, batches)
         done = step + 1
+        worker.phases.step(done, long=step == first + start)
+        if worker.health.leaves_out(done):
+            record = _leave_out(worker, stage, step, batches)
+        else:
+            record = _train_step(worker, stage, step, batches)
         if worker.metrics is not None:
             worker.metrics.log(done, record)
         if plan.board is not None and worker.context.rank == 0:
             plan.board.post("training", {"step": done, "stage": stage.name, **record})
         last = done == first + stage.steps
         due = last or (done - first) % every == 0
-        if worker.preemption.agree() or due:
-            _checkpoint(worker, index, done, stage_end=last, interim=not due)
-        if done < plan.course.total_steps:
-            worker.preemption.leave(worker.checkpoints)
+        with worker.phases.phase("checkpoint"):
+            if worker.preemption.agree() or due:
+                _checkpoint(worker, index, done, stage_end=last, interim=not due)
+            if done < plan.course.total_steps:
+                worker.preemption.leave(worker.checkpoints)
 
 
 def _timed(loader: DataLoader[Any]) -> Iterator[tuple[TrainingBatch, float]]:
@@ -202,20 +245,42 @@ def _train_step(
     waited = 0.0
     samples = 0
     totals: dict[str, float] = {}
-    scale = learning_rate_scale(step, course.total_steps, course.schedule)
+    scale = learning_rate_at(course, step)
+    accumulation = course.accumulation_of(stage)
     set_learning_rates(engine.optimizer.param_groups, worker.peaks, scale)
-    for number in range(course.accumulation):
-        batch, seconds = next(batches)
+    worker.health.begin()
+    for number in range(accumulation):
+        with worker.phases.phase("data"):
+            batch, seconds = next(batches)
         waited += seconds
         worker.consumption.add(step + 1, batch)
+        worker.health.saw(batch, seconds)
         batch = batch.to(context.device)
-        found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
-        worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
-        optimizer_step(engine, course)
+        with worker.phases.phase("forward and backward"):
+            found = worker.learner.forward_backward(engine, stage, batch, Part(step, number))
+            worker.guard.update(int(batch.valid.sum()) + batch.bad.total(), batch.bad)
+        if number + 1 < accumulation:
+            optimizer_step(engine, course)  # counts the part; the last one's is made once the step is judged
         samples += len(batch.keys) * context.world_size
         for name, value in {**found.losses, **found.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / course.accumulation
+            totals[name] = totals.get(name, 0.0) + float(value) / accumulation
+    weights = worker.learner.weights(stage)
+    with worker.phases.phase("optimizer"):
+        totals |= worker.health.finish(
+            step + 1, stage.name, {name: totals[name] for name in weights}, weights
+        )
     return _record(worker, stage, totals, scale, samples, began, waited)
+
+
+def _leave_out(
+    worker: _Worker, stage: Stage, step: int, batches: Iterator[tuple[TrainingBatch, float]]
+) -> dict[str, float]:
+    """A step that a rollback left out: its batches are drawn and noted, and that is all."""
+    for _ in range(worker.plan.course.accumulation_of(stage)):
+        with worker.phases.phase("data"):
+            batch, _ = next(batches)
+        worker.consumption.add(step + 1, batch)
+    return worker.health.left_out(step + 1)
 
 
 def _record(
@@ -233,9 +298,12 @@ def _record(
     losses = {name: totals[name] for name in weights}
     record = {f"loss/{name}": value for name, value in losses.items()}
     record["loss/total"] = sum(weights[name] * value for name, value in losses.items())
-    record |= {f"train/{name}": value for name, value in totals.items() if name not in losses}
+    record |= {
+        name if "/" in name else f"train/{name}": totals[name] for name in totals.keys() - losses.keys()
+    }
     record |= {f"learning_rate/{name}": peak * scale for name, peak in _rates(worker).items()}
     record["train/gradient_norm"] = gradient_norm(worker.engine)
+    record["train/loss_scale"] = loss_scale(worker.engine)
     record["speed/samples_per_s"] = samples / elapsed
     record["time/step_s"] = elapsed
     record["time/waiting_for_data_share"] = waited / elapsed
@@ -249,7 +317,7 @@ def _record(
     for name, seconds in worker.seconds.items():
         record[f"time/{name}_s"] = seconds
     worker.seconds.clear()
-    return {name: value for name, value in record.items() if value == value}  # MLflow has no place for NaN
+    return {name: value for name, value in record.items() if math.isfinite(value)}  # all that MLflow can show
 
 
 def _rates(worker: _Worker) -> dict[str, float]:
@@ -274,11 +342,13 @@ def _checkpoint(worker: _Worker, stage_index: int, step: int, *, stage_end: bool
         details={
             **_identity(plan, learner),
             **learner.details(),
+            "shards": {name: data.shards_digest for name, data in learner.data.items()},
             "zero_stage": plan.course.zero_stage,
             "stage_name": plan.course.stages[stage_index].name,
             "stage_end": stage_end,
             "interim": interim,
             "bad_samples": dict(worker.guard.causes),
+            "health": worker.health.state(),
             "tracking_key": plan.tracking_key,
         },
         before_commit=partial(_settle, worker, trained_on),

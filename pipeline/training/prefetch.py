@@ -69,7 +69,7 @@ def bytes_needed(train: TrainBlock, remote: dict[str, Manifest], workers_on_node
 
 def _span(train: TrainBlock, stage: StageBlock) -> int:
     """Samples of a lane among which those of the batches under way may lie: whole windows."""
-    group = (stage.global_batch or train.global_batch) // (train.lanes * train.accumulation)
+    group = train.batch_of(stage) // (train.lanes * train.accumulation_of(stage))
     under_way = group * (1 + in_flight(train))
     return (1 + -(-(under_way - 1) // train.shuffle_window)) * train.shuffle_window
 

@@ -115,8 +115,8 @@ def prove(
         run: its folder.
         checkpoints: the one up to which the proof goes, then those before it that are still there, newest
             first: they vouch for the earlier parts where one between is lost.
-        configuration: as in the run's record.
-        manifests: of the datasets that its stages train on.
+        configuration: the newest in the run's record.
+        manifests: of the datasets that its stages trained on up to there.
         epoch: look at this epoch of each dataset only; None: at all.
         progress: is told of each step.
 

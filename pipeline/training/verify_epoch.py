@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.changes import trained_datasets
 from pipeline.export.source import find_run
 from pipeline.progress import show_progress
 from pipeline.training.checkpoints import list_checkpoints
@@ -25,9 +26,8 @@ def verify_epoch(address: str, console: Console, *, epoch: int | None = None, as
     source = find_run(address)
     chosen = source.candidates[0]
     older = [one for one in list_checkpoints(source.run)[::-1] if one.step < chosen.step]
-    trained = sorted(
-        {name for stage in source.record["configuration"]["train"]["stages"] for name in stage["mixture"]}
-    )
+    # The newest configuration tells of all steps: what was trained cannot be changed (pipeline.changes).
+    trained = sorted(trained_datasets(source.record["configuration"]["train"], chosen.step))
     manifests = {
         name: load_manifest(source.root.resolve(source.record["datasets"][name])) for name in trained
     }

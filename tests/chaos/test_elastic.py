@@ -21,8 +21,8 @@ from tests.fixtures.ray_cluster import RayCluster
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 _STEPS = 240
-# A group of another size adds up in another order, by an ulp (6e-8) or so a step; AdamW lifts that noise where a gradient
-# vanishes, so that runs part slowly. Measured over these steps: 2.5e-7 at most.
+# A group of another size adds up in another order, by an ulp (6e-8) or so a step; AdamW lifts that noise where a
+# gradient vanishes, so that runs part slowly. Measured over these steps: 2.5e-7 at most.
 _RATE, _TOLERANCE = 1e-4, 1e-5
 
 

@@ -21,6 +21,7 @@ from pipeline.training.checkpoints import (
     remains,
 )
 from pipeline.training.checkpoints.resuming import _refuse_mismatch
+from pipeline.training.consumption import refuse_other_shards
 from pipeline.training.loop import TrainingPlan, _identity
 from pipeline.training.pretraining import Pretraining, PretrainingSubject
 from sharding.errors import BadData, UserError
@@ -124,15 +125,17 @@ def test_a_run_goes_on_after_a_retraction_but_not_on_other_shards(
     def learner(of: Manifest) -> Pretraining:
         return Pretraining(job, run, {"emoji": ShardReader(run, of)}, context, plan.scratch)
 
-    begun = _identity(plan, learner(manifest))
+    identity = _identity(plan, learner(manifest))
+    begun = {"shards": {"emoji": manifest.shards_digest}, **identity}
     checkpoint = commit(run, 4, world_size=1, **learner(manifest).details(), **begun)
     _refuse_mismatch(checkpoint, _identity(plan, learner(retracted)), run)
+    refuse_other_shards(checkpoint.record, {"emoji": retracted.shards_digest}, job.train, "here")
     with caplog.at_level(logging.INFO):
         learner(retracted).begins(checkpoint.record)
     assert "1 of 4 samples are retracted" in caplog.text
     assert "other samples are retracted than at step 4" in caplog.text
-    with pytest.raises(UserError, match="shards was"):
-        _refuse_mismatch(checkpoint, _identity(plan, learner(other)), run)
+    with pytest.raises(UserError, match="here was trained on other shards of 'emoji'"):
+        refuse_other_shards(checkpoint.record, {"emoji": other.shards_digest}, job.train, "here")
 
 
 def test_what_killed_writes_left_is_told_from_a_write_under_way(storage: Storage) -> None:

@@ -109,7 +109,7 @@ class SimulatedRun:
                 workers=workers,
             )
             for number, slots in enumerate(sampler):
-                yield first + begin + number // self.job.train.accumulation + 1, slots
+                yield first + begin + number // self.job.train.accumulation_of(stage) + 1, slots
             first += stage.steps
 
     def train(
@@ -119,10 +119,10 @@ class SimulatedRun:
         newest = (list_checkpoints(self.run) or [None])[-1]
         tip = PartReference(**newest.record["consumption"]) if newest else None
         recorder = ConsumptionRecorder(self.run, self.shards, tip)
-        accumulation = self.job.train.accumulation
-        for number, (step, slots) in enumerate(self.steps(newest.step if newest else 0), start=1):
+        steps = list(self.steps(newest.step if newest else 0))
+        for (step, slots), (following, _) in zip(steps, [*steps[1:], (0, [])], strict=True):
             recorder.add(step, batch_of(step, slots, causes))
-            if step % 4 == 0 and number % accumulation == 0:
+            if step % 4 == 0 and following != step:
                 reference = recorder.write(recorder.take(ALONE))
                 if step == killed_before_commit:
                     return
@@ -242,6 +242,35 @@ def test_steps_done_again_with_another_outcome_do_not_touch_what_is_vouched_for(
     code, found = outcome(run.address)
     assert (code, found["parts"]) == (0, 3)
     assert all(not epoch["masked"] for epoch in found["epochs"])
+
+
+def test_a_run_whose_stages_to_come_were_changed_is_proven_against_what_it_was_trained_by(
+    run: SimulatedRun, tmp_path: Path
+) -> None:
+    run.train(until=8)
+    tree = tiny_job("/data/raw", tmp_path / "storage")
+    tree["train"]["workers"] = 1
+    first, second = tree["train"]["stages"]
+    other = second | {"name": "other", "mixture": {"clips": 1}, "global_batch": 8, "accumulation": 2}
+    tree["train"]["stages"] = [
+        first,
+        other,
+        second | {"steps": 8},
+    ]  # before the one that was to come, which grows
+    changed = SimulatedRun(parse_job(tree, "job.yaml"))
+    changed.train(until=20)
+    code, found = outcome(run.address)
+    assert (code, found["steps"], found["proven"]) == (0, 20, 20)
+    assert {stage for epoch in found["epochs"] for stage in epoch["stages"]} == {"images", "other", "mixed"}
+    code, found = outcome(f"{run.address}/checkpoints/step-00000008")
+    assert (code, found["proven"]) == (0, 8)
+    # The check sees it where what was trained is no longer what the configuration says.
+    record = changed.run.read_json("run.json")
+    record["configuration"]["train"]["stages"][1]["mixture"] = {"emoji": 1}
+    changed.run.write_json("run.json", record)
+    code, found = outcome(run.address)
+    assert code == 1
+    assert found["mismatches"][0]["step"] == 9
 
 
 def test_retention_does_not_lose_the_history(run: SimulatedRun) -> None:

@@ -1,42 +1,14 @@
-"""What stops a run that has gone wrong: losses that are not finite, too much unreadable data."""
+"""Unreadable samples: counted by cause over all workers; too many of them end the run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import NonFiniteLoss
 from sharding.errors import BadDataLimit
-
-
-def check_finite(losses: dict[str, torch.Tensor], keys: Sequence[str], step: int) -> None:
-    """Stop when any objective's loss is not finite on any worker. Collective: all workers raise together.
-
-    Args:
-        losses: scalar loss of each objective on this worker.
-        keys: the keys of this worker's samples in the batch.
-        step: the optimizer step, for the message.
-
-    Raises:
-        NonFiniteLoss: on every worker, naming step, objectives and the sample keys of all workers.
-    """
-    names = list(losses)
-    finite = torch.isfinite(torch.stack([losses[name].detach().float() for name in names]))
-    bad = (~finite).to(torch.int32)
-    dist.all_reduce(bad)
-    if not bool(bad.any()):
-        return
-    all_keys: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_keys, list(keys))
-    wrong = [name for name, count in zip(names, bad.tolist(), strict=True) if count]
-    shown = [key for part in all_keys for key in part if key]
-    raise NonFiniteLoss(
-        f"step {step}: the loss of {', '.join(wrong)} is not finite; samples of the batch: {', '.join(shown)}"
-    )
 
 
 class BadSampleGuard:
