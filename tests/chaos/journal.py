@@ -6,6 +6,7 @@ board, on which worker 0 posts each step, is replaced by one that writes what is
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -25,17 +26,41 @@ class Trained(NamedTuple):
 
 
 class JournalBoard(Board):
-    """A board that keeps what is posted about the training in a file of this machine."""
+    """A board that keeps what is posted about the training in a file of this machine.
+
+    Where the file ``.gate`` beside it names a step, the training goes no further: it must not be over before the last
+    fault, however long a killed server takes to come back.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self._path = path
+        self._path = Path(path)
 
     def post(self, topic: str, note: Any) -> None:
         super().post(topic, note)
         if topic == "training":
-            with open(self._path, "a") as file:  # one small write at the end: whole, also between processes
+            with self._path.open("a") as file:  # one small write at the end: whole, also between processes
                 file.write(f"{time.time()} {os.getpid()} {note['step']}\n")
+            while note["step"] >= _gate(self._path):
+                time.sleep(0.02)
+
+
+def set_gate(journal: Path, step: int | None) -> None:
+    """How far the training may go; None: to its end."""
+    gate = journal.with_suffix(".gate")
+    if step is None:
+        gate.unlink(missing_ok=True)
+        return
+    new = journal.with_suffix(".new-gate")
+    new.write_text(str(step))
+    new.replace(gate)  # whole, whoever reads
+
+
+def _gate(journal: Path) -> float:
+    try:
+        return int(journal.with_suffix(".gate").read_text())
+    except FileNotFoundError:
+        return math.inf
 
 
 def read_journal(path: Path) -> list[Trained]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import Fault
-from tests.chaos.journal import Trained
+from tests.chaos.journal import Trained, set_gate
 from tests.chaos.scene import EVERY, Job
 
 #: Steps for one fault: it falls into the first of them, the run goes on in the others.
@@ -68,7 +68,7 @@ class Matrix:
 
 def steps_for(faults: Sequence[Fault]) -> int:
     """How long a job must be for so many faults."""
-    return WINDOW * (len(faults) + 1)
+    return WINDOW * (len(faults) + 2)
 
 
 def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> None:
@@ -81,6 +81,7 @@ def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> Non
     job.start()
     for number, fault in enumerate(faults):
         moment = WINDOW * number + int(draw.integers(1, EVERY + 1))
+        set_gate(job.journal_path, max(job.step, moment) + EVERY + 1)  # past the next checkpoint
         job.wait_until(lambda moment=moment: job.step >= moment)  # type: ignore[misc]
         if fault.during == "upload":
             job.wait_until(job.uploading)
@@ -90,12 +91,14 @@ def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> Non
         safe = 0 if fault.spoils else job.newest()
         began = time.time()
         fault.inflict(job, draw)
+        set_gate(job.journal_path, job.step + EVERY + 1)  # past the batches that a killed loader left behind
         if fault.ends == "driver":
             job.start()
         recovery = _await_recovery(job, fault, began)
         assert recovery.redone <= fault.may_cost, recovery
         assert recovery.first > safe, f"what was committed is done again: {recovery}"
         matrix.recovered.append(recovery)
+    set_gate(job.journal_path, None)
     assert job.command is not None
     job.command.succeed()
 
