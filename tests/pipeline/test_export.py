@@ -206,7 +206,7 @@ def test_what_is_not_known_is_said_to_be(tmp_path: Path, glscl: Glscl) -> None:
 
 def test_nothing_that_is_not_for_others_gets_into_the_folder(tmp_path: Path, glscl: Glscl) -> None:
     train: dict[str, Any] = {
-        "deepspeed": {"zero_optimization": {"stage": 1}, "comet": {"api_key": "hidden-one"}}
+        "deepspeed": {"zero_optimization": {"stage": 1}, "csv_monitor": {"output_path": "/hidden-one"}}
     }
     storage = {"access_key": "hidden-two", "secret_key": "hidden-three"}
     model = {"weights": ["s3://hidden-four/ViT-B-16.pt"]}

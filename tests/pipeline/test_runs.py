@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster import workers
 from pipeline import job as jobs
 from pipeline.config import JobConfig, parse_job
 from pipeline.runs import load_run_job, open_run_folder, read_record
@@ -25,16 +26,17 @@ def test_each_change_of_the_code_that_trains_is_recorded_and_a_restart_is_none(
 ) -> None:
     made = make_trained_run(tmp_path)
     begun: list[Any] = []
-    monkeypatch.setattr(jobs, "run_workers", lambda *arguments, **options: begun.append(options["name"]))
+    monkeypatch.setattr(workers, "run_workers", lambda *arguments, **options: begun.append(options["name"]))
     monkeypatch.setattr(jobs, "Board", lambda: None)
     monkeypatch.setattr(jobs, "Watch", lambda *arguments: nullcontext())
     tracker: Any = SimpleNamespace(config=made.job.tracking, run_id=None)
     dispatcher: Any = None
     results: Any = SimpleNamespace(stop=threading.Event())
+    lease: Any = SimpleNamespace(fence=None)
     for commit in ("0123abc", "0123abc", "4567def"):
         monkeypatch.setattr(jobs, "environment_tags", lambda commit=commit: {"commit": commit})
         run = open_run_folder(made.job, made.root, {})  # as a new start finds it
-        jobs._train(made.job, run, {}, tracker, dispatcher, Console(quiet=True), results)
+        jobs._train(made.job, run, {}, tracker, dispatcher, Console(quiet=True), results, lease)
     assert begun == [run.key] * 3
     record = read_record(made.run)
     assert record is not None
@@ -89,6 +91,7 @@ def test_a_runs_address_gives_its_job_as_it_was_last(tmp_path: Path) -> None:
 
 def test_datasets_for_evaluations_may_change_and_those_trained_on_stay_as_recorded(tmp_path: Path) -> None:
     made = make_trained_run(tmp_path)
+    made.checkpoint(4, tmp_path / "scratch")
     open_run_folder(made.job, made.root, {"emoji": "datasets/emoji-new", "held-out": "datasets/held-out-new"})
     record = read_record(made.run)
     assert record is not None
