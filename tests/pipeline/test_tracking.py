@@ -182,11 +182,11 @@ def test_memory_is_bounded_while_the_server_is_away(embedded: TrackingConfig, sp
         assert logger._points <= 1000
         if step % 200 == 0:
             time.sleep(0.1)
-    assert 6000 <= logger.close(1.0) < 6010
+    assert 6000 <= logger.close(1.0) < 6200  # those of the system among them
     without = MetricLogger(config, "run-1", run_id="0" * 32)
     for step in range(3000):
         without.log(step, {"loss": 1.0})
-    assert 3000 <= without.close(0.5) < 3010
+    assert 3000 <= without.close(0.5) < 3200
 
 
 def test_an_unreachable_server_is_one_warning_and_no_error(
