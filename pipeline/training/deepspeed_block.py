@@ -167,7 +167,9 @@ def check_block(block: Mapping[str, Any], precision: str, place: str) -> None:
                 f"got stage {stage}"
             )
     plain = ("zero_optimization", "zero_optimization.stage")
-    if any(name not in plain for name, value in _names(block) if value != {}):  # else DeepSpeed is not imported
+    if any(
+        name not in plain for name, value in _names(block) if value != {}
+    ):  # else DeepSpeed is not imported
         _check_values(block, precision, place)
 
 
