@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from pipeline.training.checkpoints import list_checkpoints
+from tests.chaos.journal import set_gate
 from tests.chaos.scene import EVERY, Job, loader_processes, one_of, processes, send
 
 WORKER = "ray::RayTrainWorker"
@@ -122,6 +123,7 @@ def _terminate_worker(job: Job, draw: Any) -> None:
 
 def _terminate_driver(job: Job, draw: Any) -> None:
     assert job.command is not None
+    set_gate(job.journal_path, None)  # what waits there hears of nothing
     job.command.process.terminate()
     assert job.command.wait() == 143, job.command.output[-6000:]
     newest = list_checkpoints(job.run)[-1].step

@@ -20,7 +20,7 @@ from tests.fixtures.ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-_STEPS = 240
+_STEPS = 160
 # A group of another size adds up in another order, by an ulp (6e-8) or so a step; AdamW lifts that noise where a
 # gradient vanishes, so that runs part slowly. Measured over these steps: 2.5e-7 at most.
 _RATE, _TOLERANCE = 1e-4, 1e-5
@@ -67,9 +67,9 @@ def test_a_run_that_goes_from_4_workers_to_2_to_3_to_4_lies_on_the_curve_of_a_co
     ray_cluster: RayCluster, raw_corpus: Path, tmp_path: Path
 ) -> None:
     environment = {**ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs}
-    constant = _job(tmp_path, raw_corpus, "constant")
+    constant = _job(tmp_path, raw_corpus, "constant", workers=1)
     _run(constant, environment).succeed()
-    assert {one.record["world_size"] for one in _checkpoints(constant)} == {4}
+    assert {one.record["world_size"] for one in _checkpoints(constant)} == {1}
 
     elastic = _job(tmp_path, raw_corpus, "elastic", min_workers=2)
     command = _run(elastic, environment)
