@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.checkpoints import list_checkpoints, writer
 from pipeline.training.checkpoints.fragments import Pieces, Stretch, write_pieces
 from pipeline.training.checkpoints.record import commit
-from sharding.errors import BadData, UserError
+from sharding.errors import BadData, StorageFault, UserError
 from tests.pipeline.trained_run import TrainedRun, make_trained_run, retrieval_metrics
 
 
@@ -146,3 +146,21 @@ def test_pieces_are_read_across_files_and_a_hole_is_told(tmp_path: Path) -> None
     (tmp_path / "0").write_bytes(b"not a file of pieces")
     with pytest.raises(BadData, match="not-pieces"):
         Pieces([tmp_path / "0"])
+
+
+def test_a_write_outlasts_an_outage_of_the_storage_and_not_its_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults = [StorageFault("away"), StorageFault("still away")]
+
+    def act() -> str:
+        if faults:
+            raise faults.pop()
+        return "done"
+
+    monkeypatch.setattr(writer, "_AGAIN_S", 0.0)
+    assert writer._patiently(act) == "done"
+    faults.append(StorageFault("away for good"))
+    monkeypatch.setattr(writer, "PATIENCE_S", 0.0)
+    with pytest.raises(StorageFault, match="away for good"):
+        writer._patiently(act)

@@ -19,8 +19,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from pipeline.training.checkpoints.fragments import Stretch, write_pieces
 from pipeline.training.checkpoints.record import FOLDER, FORMAT, VERSION, Checkpoint, commit
 from pipeline.training.checkpoints.state import held, loss_scale, whole_weights
+from sharding.errors import StorageFault
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
@@ -35,8 +37,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 _POLL_S = 0.2  # first look for the other workers' parts
 _LONGEST_POLL_S = 2.0
+#: For so long a write goes on trying when the storage is away, beyond the retries of each access: the training goes on
+#: beside it and waits for it at the next checkpoint.
+PATIENCE_S = 900.0
+_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class CheckpointWriter:
         Args:
             details: goes into the record (data digests, seed, MLflow run, ...).
             before_commit: called on worker 0 in the background, once everything else is in storage: what must be
-                safe before the checkpoint exists. What it returns goes into the record too.
+                safe before the checkpoint exists. What it returns goes into the record too. It is called again
+                after a StorageFault.
 
         Raises:
             StorageFault, OSError: of the write before.
@@ -174,7 +183,8 @@ class CheckpointWriter:
             if self._context.rank == 0:
                 self._commit(snapshot, files, before_commit)
             else:
-                self._run.write_bytes(f"{snapshot.path}/{_part(self._context.rank)}", _encoded(files))
+                part = f"{snapshot.path}/{_part(self._context.rank)}"
+                _patiently(partial(self._run.write_bytes, part, _encoded(files)))
             self._seconds = time.monotonic() - began
         except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
             self._error = error
@@ -190,7 +200,7 @@ class CheckpointWriter:
         files = {}
         for source in sorted(path for path in self._scratch.rglob("*") if path.is_file()):
             name = source.relative_to(self._scratch).as_posix()
-            uploaded = self._run.upload(source, f"{snapshot.path}/{name}")
+            uploaded = _patiently(partial(self._run.upload, source, f"{snapshot.path}/{name}"))
             files[name] = {"size": uploaded.size, "sha256": uploaded.sha256}
         shutil.rmtree(self._scratch, ignore_errors=True)
         return files
@@ -202,12 +212,12 @@ class CheckpointWriter:
         before_commit: Callable[[], dict[str, Any]],
     ) -> None:
         for rank in range(1, self._context.world_size):
-            files = files | self._await_part(snapshot.path, rank)
-        record = {**snapshot.record, **before_commit(), "files": dict(sorted(files.items()))}
-        saved = commit(self._run, snapshot.path, record)
+            files = files | _patiently(partial(self._await_part, snapshot.path, rank))
+        record = {**snapshot.record, **_patiently(before_commit), "files": dict(sorted(files.items()))}
+        saved = _patiently(partial(commit, self._run, snapshot.path, record))
         logger.info("checkpoint of step %d committed (%s)", saved.step, saved.digest[:12])
         if self._committed is not None:
-            self._committed(saved)
+            _patiently(partial(self._committed, saved))
 
     def _await_part(self, path: str, rank: int) -> dict[str, dict[str, Any]]:
         """What another worker has uploaded. A worker that fails ends the group, and this thread with it."""
@@ -218,6 +228,23 @@ class CheckpointWriter:
             except FileNotFoundError:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_POLL_S)
+
+
+def _patiently(act: Callable[[], _Result]) -> _Result:
+    """What ``act`` returns, which may be done again after a fault of the storage.
+
+    Raises:
+        StorageFault: the last one, once patience is over.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return act()
+        except StorageFault as error:
+            if time.monotonic() >= until:
+                raise
+            logger.warning("the checkpoint waits for the storage: %s", error)
+            time.sleep(_AGAIN_S)
 
 
 def _part(rank: int) -> str:
