@@ -5,11 +5,13 @@ With ``--json`` standard output is one JSON value, and progress goes to standard
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.progress import show_progress
+from pipeline.shards import AsJson
 from sharding.errors import BadData, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +40,6 @@ RunUrl = Annotated[
         help="A run (`.../runs/NAME`): a path, `file://` or `s3://`.", metavar="RUN", show_default=False
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @checkpoints.command("ls")
@@ -257,18 +259,14 @@ def _chosen(standing: _Standing, step: int | None) -> list[Checkpoint]:
 
 def _fault(run: Storage, checkpoint: Checkpoint, name: str) -> str | None:
     """What is wrong with a file; None: it is what was committed."""
-    import hashlib
-
     expected, path = checkpoint.files[name], f"{checkpoint.path}/{name}"
-    digest, size = hashlib.sha256(), 0
     try:
         with run.open(path) as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                size += len(block)
+            digest = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
+            size = file.tell()
     except FileNotFoundError:
         return f"{run.url_of(path)} is missing"
-    if (size, digest.hexdigest()) != (expected["size"], expected["sha256"]):
+    if (size, digest) != (expected["size"], expected["sha256"]):
         return f"{run.url_of(path)} is not what was committed"
     return None
 

@@ -39,7 +39,7 @@ from pipeline.scoring import scorers_of
 from pipeline.tracking import Tracker, environment_tags, flatten_params
 from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
-from pipeline.training.checkpoints import list_checkpoints
+from pipeline.training.checkpoints import list_checkpoints, remains
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
 from sharding.manifest import REPORT_PATH
@@ -347,6 +347,8 @@ def _train(
     if _is_trained(job, run):
         console.print(f"training is complete ({total} steps)", highlight=False)
         return
+    for left in remains(run.storage, list_checkpoints(run.storage)):
+        run.storage.delete(left, recursive=True)  # of writes that were killed: none is under way now
     run.note_code(environment_tags())
     scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
     board = Board()

@@ -96,8 +96,8 @@ def test_a_process_of_the_same_number_is_not_taken_for_the_driver(run: Storage) 
     record = run.read_json("driver/00000001.json")
     own = {"machine": pipeline.lease._machine(), "pid": os.getpid(), "started": time.time() - 86400}
     run.write_json("driver/00000001.json", record | own)
-    with hold(run, silence_s=3600):
-        pass
+    with hold(run, silence_s=3600) as lease:
+        assert lease.fence.number == 2
 
 
 def test_another_machines_driver_is_dead_once_it_is_silent(run: Storage) -> None:

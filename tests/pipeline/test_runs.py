@@ -21,7 +21,7 @@ from tests.fixtures.jobs import tiny_job
 from tests.pipeline.trained_run import make_trained_run
 
 
-def test_each_change_of_the_code_that_trains_is_recorded_and_a_restart_is_none(
+def test_a_start_records_each_change_of_the_code_and_clears_away_what_killed_writes_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_trained_run(tmp_path)
@@ -33,11 +33,14 @@ def test_each_change_of_the_code_that_trains_is_recorded_and_a_restart_is_none(
     dispatcher: Any = None
     results: Any = SimpleNamespace(stop=threading.Event())
     lease: Any = SimpleNamespace(fence=None)
+    made.checkpoint(4, tmp_path / "scratch")
+    made.run.write_bytes("checkpoints/step-00000004-0a/state/worker-00000.safetensors", b"of a killed write")
     for commit in ("0123abc", "0123abc", "4567def"):
         monkeypatch.setattr(jobs, "environment_tags", lambda commit=commit: {"commit": commit})
         run = open_run_folder(made.job, made.root, {})  # as a new start finds it
         jobs._train(made.job, run, {}, tracker, dispatcher, Console(quiet=True), results, lease)
     assert begun == [run.key] * 3
+    assert {file.path.split("/")[1] for file in made.run.list("checkpoints")} == {"step-00000004"}
     record = read_record(made.run)
     assert record is not None
     assert record["code"] == [{"commit": "0123abc"}, {"commit": "4567def"}]

@@ -113,7 +113,7 @@ def _log_against_a_silent_server(config: TrackingConfig) -> None:
     logger = MetricLogger(config, "run-1")
     for step in range(5000):  # returns with nothing delivered: each request would wait for its time-out
         logger.log(step, {"loss": 1.0})
-    assert 5000 <= logger.close(0.5) < 5010  # a few measurements of memory among them
+    assert 5000 <= logger.close(0.5) < 5200  # a few measurements of memory among them
 
 
 def test_a_restart_from_an_older_checkpoint_leaves_no_duplicate_steps(embedded: TrackingConfig) -> None:
