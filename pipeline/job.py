@@ -408,7 +408,7 @@ def _account(run: RunFolder, tracker: Tracker, console: Console) -> None:
     """Say where the time of all attempts went, to the terminal and MLflow."""
     found = account(*read_records(run.storage))
     if found is not None:
-        console.print(account_table(found))
+        console.print(account_table(found), "")
         tracker.metrics(found.step, account_metrics(found))
 
 

@@ -12,7 +12,8 @@ from pipeline.goodput.accounting import CAUSES, Account
 def account_table(account: Account) -> Table:
     """Where the time went: a row for each cause that took any."""
     lives = f"{account.attempts} attempts" if account.attempts > 1 else "one attempt"
-    table = Table(title=f"where the time went, over {lives}", title_justify="left")
+    title = f"where the time went, over {lives}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in ("cause", "time", "share"):
         table.add_column(name, justify="left" if name == "cause" else "right", no_wrap=True)
     table.add_column("what it is")
@@ -26,7 +27,6 @@ def account_table(account: Account) -> Table:
     for cause, seconds in account.seconds.items():
         if seconds > 0:
             table.add_row(cause, _clock(seconds), f"{seconds / account.wall:.1%}", notes[cause])
-    table.add_section()
     table.add_row("all", _clock(account.wall), "", f"goodput {account.goodput:.1%}: the share of compute")
     return table
 
