@@ -62,13 +62,9 @@ from sharding.scenes.objects import open_objects
 from sharding.seeds import derive_seed, generator
 from sharding.storage import Storage, open_storage
 
-BASE = {"itc": 0.5, "itm": 1.0, "mlm": 1.0}
-#: What is compared, with the paper's weights.
-WAYS: dict[str, dict[str, float]] = {
-    "itc+itm+mlm": BASE,
-    "+ mgsc": BASE | {"mgsc": 1.0},
-    "+ mgsc + mltc": BASE | {"mgsc": 1.0, "mltc": 0.2},
-}
+BASE = {"itc": 0.5, "itm": 1.0, "mlm": 1.0}  # the paper's weights
+#: What is compared: the objectives of completion that each way adds.
+WAYS: dict[str, tuple[str, ...]] = {"itc+itm+mlm": (), "+ mgsc": ("mgsc",), "+ mgsc + mltc": ("mgsc", "mltc")}
 #: Metrics of the table, by what they are measured by.
 METRICS = ("t2i_R1", "i2t_R1", "t2i_rerank_R1", "accuracy", "global_pixel", "local_pixel")
 _DATASET = "dataset.txt"  # in the folder of the data: where the held-out pairs lie, as shards
@@ -79,6 +75,10 @@ class Setting:
     """Everything that all runs have in common. What changes a number is here."""
 
     steps: int = 400
+    completion_from: int = 0  # the step from which completion is learnt: before it, all ways are the first
+    mgsc: float = 1.0  # weights, the paper's
+    mltc: float = 0.2
+    completion_ratio: float = 0.4  # of the tokens masked for completion
     batch: int = 64
     learning_rate: float = 1.5e-3
     side: int = 64
@@ -113,7 +113,13 @@ class Setting:
             text_layers=self.layers,
             fusion_layers=self.layers,
             projection_size=self.width,
+            completion_ratio=self.completion_ratio,
         )
+
+    def objectives(self, way: str, step: int) -> dict[str, float]:
+        """What ``way`` learns at ``step``, by weight."""
+        completing = WAYS[way] if step >= self.completion_from else ()
+        return BASE | {name: {"mgsc": self.mgsc, "mltc": self.mltc}[name] for name in completing}
 
     @property
     def digest(self) -> str:
@@ -202,7 +208,7 @@ def _run(setting: Setting, folder: Path, way: str, seed: int) -> None:
     began, cpu = time.monotonic(), time.process_time()
     model = GLSCLForPreTraining(_seeded(setting.config, seed))
     processor = GLSCLProcessor.from_config(model.config)
-    _pre_train(model, processor, setting, WAYS[way], seed)
+    _pre_train(model, processor, setting, way, seed)
     trained = time.process_time() - cpu
     storage = open_storage(folder / "data")
     families = [*_zero_shot(model.eval(), processor, storage, seed)]
@@ -233,7 +239,7 @@ def _pre_train(
     model: GLSCLForPreTraining,
     processor: GLSCLProcessor,
     setting: Setting,
-    objectives: dict[str, float],
+    way: str,
     seed: int,
 ) -> None:
     """Every way sees the same scenes, captions and masks at the same step."""
@@ -265,7 +271,7 @@ def _pre_train(
             pixel_values=pixels[chosen],
             masks=masks,
             valid=valid,
-            objectives=objectives,
+            objectives=setting.objectives(way, step),
             group_size=setting.batch,
         )
         _update(model, optimizer, output.loss)

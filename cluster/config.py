@@ -16,11 +16,15 @@ class _Block(BaseModel):
 
 
 class WorkerResources(_Block):
-    """What one training worker occupies, in Ray's logical units."""
+    """What one training worker occupies, in Ray's logical units; and with how many ``threads`` it computes.
+
+    ``threads``: None: the cores of its machine, shared among the training workers there.
+    """
 
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    threads: int | None = Field(default=None, ge=1)
 
     def bundle(self) -> dict[str, float]:
         """The same as one of Ray's resource bundles, without zeros."""

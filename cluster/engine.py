@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ def prepare_deepspeed(device: torch.device) -> None:
     """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    _leave_muon_out()
     import deepspeed
     import torch.distributed as dist
 
@@ -38,3 +41,19 @@ def prepare_deepspeed(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _leave_muon_out() -> None:
+    """Puts empty modules in the place of DeepSpeed's Muon, which nothing here trains with.
+
+    ZeRO asks of every optimizer whether it is a Muon, and importing that readies torch's compiler: one and a half
+    seconds of a core at each start of each worker.
+    """
+
+    def muon_update(*arguments: object, **options: object) -> None:
+        raise AssertionError("no optimizer here is a Muon")
+
+    for name in ("original_muon", "muon_optimizer"):
+        module = ModuleType(f"deepspeed.runtime.zero.muon.{name}")
+        vars(module).update(MuonWithAuxAdam=type("MuonWithAuxAdam", (), {}), muon_update=muon_update)
+        sys.modules.setdefault(module.__name__, module)

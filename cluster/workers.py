@@ -130,7 +130,7 @@ def run_workers(
         progress,
         _Entry(function, argument, no_retry, board),
         train_loop_config={},
-        torch_config=_GroupConfig(),
+        torch_config=_GroupConfig(threads=config.worker.threads),
         scaling_config=ScalingConfig(
             num_workers=workers if len(sizes) == 1 else (sizes[0], workers),
             elastic_resize_monitor_interval_s=config.grow_check_s,
@@ -401,7 +401,7 @@ def _first_line(error: object) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _prepare_worker() -> str:
+def _prepare_worker(threads: int | None) -> str:
     """In a worker, before its process group: the environment that torch, gloo and DeepSpeed read.
 
     Returns the node's address.
@@ -419,7 +419,7 @@ def _prepare_worker() -> str:
     os.environ.update(
         {
             "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(max(1, cores // context.get_local_world_size())),
+            "OMP_NUM_THREADS": str(threads or max(1, cores // context.get_local_world_size())),
             "RANK": str(context.get_world_rank()),
             "WORLD_SIZE": str(context.get_world_size()),
             "LOCAL_RANK": str(context.get_local_rank()),
@@ -469,8 +469,8 @@ class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     and no polite farewell: a worker that waits in a collective for one that failed would hold the farewell up
     for 30 s, and all are killed right after."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        addresses = worker_group.execute(_prepare_worker)
+    def on_start(self, worker_group: Any, backend_config: _GroupConfig) -> None:
+        addresses = worker_group.execute(_prepare_worker, backend_config.threads)
         if set(addresses) != {_LOOPBACK}:
             super().on_start(worker_group, backend_config)
             return
@@ -484,6 +484,8 @@ class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 @dataclass
 class _GroupConfig(TorchConfig):
+    threads: int | None = None
+
     @property
     def backend_cls(self) -> type[_GroupBackend]:
         return _GroupBackend

@@ -69,6 +69,7 @@ class Watch:
         self._job, self._run, self._board = job, run, board
         self._tracker, self._dispatcher, self._progress = tracker, dispatcher, progress
         self._told: set[str] = set()
+        self._known: dict[str, Checkpoint] = {}
         self._accounted: int | None = None  # the step; None: nothing was looked at yet
         self._warning = ""
         self._stop = threading.Event()
@@ -89,7 +90,7 @@ class Watch:
 
     def look_at_checkpoints(self) -> None:
         """Tell MLflow of new checkpoints and delete those that no rule keeps."""
-        checkpoints = list_checkpoints(self._run)
+        checkpoints = list_checkpoints(self._run, self._known)
         for checkpoint in checkpoints:
             if checkpoint.digest not in self._told and not checkpoint.record.get("interim"):
                 self._told.add(checkpoint.digest)

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.evaluation.actor import Assignment, EvaluationActor, Failure, RunnerFactory
@@ -116,7 +117,7 @@ class Dispatcher:
         if checkpoints is None:
             from pipeline.training.checkpoints import list_checkpoints
 
-            checkpoints = list_checkpoints
+            checkpoints = partial(list_checkpoints, known={})  # of this run only
         self._run, self._concurrent, self._storage, self._datasets = run, config.concurrent, storage, datasets
         self._seed = seed
         self._tokenizer, self._on_result, self._runner = tokenizer, on_result, runner

@@ -40,7 +40,7 @@ def _job(folder: Path, raw: Path, name: str, **train: Any) -> Path:
     (stage, _) = tree["train"]["stages"]
     tree["train"]["stages"] = [stage | {"steps": _STEPS, "checkpoint_every": 20}]
     tree["datasets"].pop("clips")
-    tree["cluster"] = {"grow_check_s": 1.0}
+    tree["cluster"]["grow_check_s"] = 1.0
     tree["checkpoints"] = {"keep_last": 1000}
     tree["evaluate"] = {}
     (folder / name).mkdir()

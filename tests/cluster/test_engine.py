@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ALONE = """
+import sys
 import torch
 from cluster.engine import prepare_deepspeed
 prepare_deepspeed(torch.device("cpu"))
@@ -23,6 +24,7 @@ before = module.weight.detach().clone()
 engine.backward(engine(torch.ones(1, 2)).sum())
 engine.step()
 print("MOVED", not torch.equal(before, module.weight))
+print("COMPILER", "torch._inductor.compile_fx" in sys.modules)
 """
 
 
@@ -39,3 +41,4 @@ def test_a_single_process_without_a_compiler_trains() -> None:
         timeout=600,
     )
     assert "MOVED True" in done.stdout, done.stdout + done.stderr
+    assert "COMPILER False" in done.stdout, "each start of a worker readies a compiler that nothing uses"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoModelForVisualQuestionAnswering
@@ -25,6 +24,7 @@ from model import (
     ModelConfigurationError,
 )
 from model.glscl import GLSCLPreTrainedModel
+from tests.fixtures.groups import run_processes
 from tests.model.small import CLASSES, arguments_of, small_batch, small_config, small_model, small_model_of
 
 _HEADS: dict[type[GLSCLPreTrainedModel], set[str]] = {
@@ -303,7 +303,7 @@ def test_two_workers_fine_tune_as_one_with_the_whole_batch(tmp_path: Path) -> No
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
+    run_processes(_worker, 2, port, str(tmp_path), count=2)
     results = torch.load(tmp_path / "0.pt", weights_only=True)
     for kind in _TASKS:
         expected = _run(kind, 0, 1)

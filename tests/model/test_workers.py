@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model import OBJECTIVES, GLSCLForPreTraining, backward_in_parts
 from model.gather import gather_with_gradient
+from tests.fixtures.groups import run_processes
 from tests.model.small import Batch, small_batch, small_config, small_model
 
 _WEIGHTS = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
@@ -109,7 +109,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(_worker, args=(request.param, port, str(folder)), nprocs=request.param)
+    run_processes(_worker, request.param, port, str(folder), count=request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

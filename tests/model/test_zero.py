@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from model import GLSCLForPreTraining, backward_in_parts
+from tests.fixtures.groups import run_processes
 from tests.model.small import small_batch, small_config, small_model
 
 _ALL = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
@@ -129,7 +129,7 @@ def test_zero_workers_train_as_one_plain_worker_when_parameters_come_and_go(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(_worker, args=(workers, port, str(tmp_path)), nprocs=workers)
+    run_processes(_worker, workers, port, str(tmp_path), count=workers)
     expected = _plain()
     largest = max(float(gradient.abs().max()) for gradient in expected["gradients"].values())
     for rank in range(workers):

@@ -39,7 +39,12 @@ class MlflowServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    # Its runners of jobs (of generative AI) start seven processes that nothing here asks for.
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                },
             )
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -58,6 +58,22 @@ def test_committed_checkpoints_are_listed_by_step_and_half_written_ones_are_not(
     assert [checkpoint.step for checkpoint in list_checkpoints(storage)] == [20, 100, 300]
 
 
+def test_who_lists_again_and_again_reads_each_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read = open_storage(tmp_path), list[str]()
+    plain = Storage.read_bytes
+    monkeypatch.setattr(Storage, "read_bytes", lambda self, path: (read.append(path), plain(self, path))[1])
+    known: dict[str, Checkpoint] = {}
+    first, second = commit(run, 10), commit(run, 20)
+    assert list_checkpoints(run, known) == list_checkpoints(run, known) == [first, second]
+    third = commit(run, 30)
+    delete_checkpoint(run, first)
+    assert list_checkpoints(run, known) == [second, third]
+    assert sorted(read) == [f"{one.path}/commit.json" for one in (first, second, third)]
+    assert list(known) == [second.path, third.path], "what is deleted is let go"
+
+
 @pytest.mark.parametrize("damage", [b"{", b"[]", b'{"record": {"step": 7}, "digest": "0"}'])
 def test_a_damaged_commit_record_is_passed_over_loudly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -39,6 +38,7 @@ from pipeline.training.verify_epoch import verify_epoch
 from sharding.errors import UserError
 from sharding.manifest import Manifest
 from sharding.storage import Storage, open_storage
+from tests.fixtures.groups import run_processes
 from tests.fixtures.jobs import tiny_job
 from tests.pipeline.test_checkpoints import commit
 from tests.pipeline.test_data_order import manifest_of
@@ -467,8 +467,7 @@ def test_two_workers_write_the_ledger_of_one(run: SimulatedRun, tmp_path: Path) 
     expected = recorder.write(recorder.take(ALONE))
     folder = tmp_path / "two"
     folder.mkdir()
-    arguments = (f"file://{tmp_path}/two-meet", str(folder))
-    multiprocessing.spawn(_one_of_two_workers, args=arguments, nprocs=2)
+    run_processes(_one_of_two_workers, f"file://{tmp_path}/two-meet", str(folder), count=2)
     for rank in range(2):
         assert PartReference(**json.loads((folder / f"{rank}.json").read_text())) == expected
     other = SimulatedRun(make_job(folder))

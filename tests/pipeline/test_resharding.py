@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from cluster.workers import WorkerContext
 from pipeline.training.checkpoints import fetch_files, list_checkpoints
@@ -20,6 +19,7 @@ from pipeline.training.checkpoints.writer import CheckpointWriter
 from pipeline.training.config import TrainBlock
 from pipeline.training.engine import build_engine, optimizer_step
 from sharding.storage import Storage, open_storage
+from tests.fixtures.groups import run_processes
 from tests.model.small import small_batch, small_config, small_model
 
 pytestmark = pytest.mark.slow
@@ -115,7 +115,7 @@ def _spawn(workers: int, folder: Path, *, writing: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(_worker, args=(workers, port, str(folder), writing), nprocs=workers)
+    run_processes(_worker, workers, port, str(folder), writing, count=workers)
 
 
 @pytest.fixture(scope="module")

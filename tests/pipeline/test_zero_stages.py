@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
 from model import import_weights
 from pipeline.config import ModelBlock
 from pipeline.training.config import TrainBlock
 from pipeline.training.engine import build_model, model_config
+from tests.fixtures.groups import run_processes
 from tests.model.importers.sources import noise, openai_clip
 from tests.pipeline import zero_run
 
@@ -29,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("zero")
     state = noise(openai_clip(model_config(BLOCK), blocks=2, grid=4), torch.float32)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "clip.safetensors")
-    multiprocessing.spawn(
-        zero_run.work, args=(str(place), str(place / "clip.safetensors")), nprocs=max(zero_run.WORKERS)
-    )
+    run_processes(zero_run.work, str(place), str(place / "clip.safetensors"), count=max(zero_run.WORKERS))
     return place
 
 

@@ -43,16 +43,25 @@ class Checkpoint:
         return sum(int(entry["size"]) for entry in self.files.values())
 
 
-def list_checkpoints(run: Storage) -> list[Checkpoint]:
+def list_checkpoints(run: Storage, known: dict[str, Checkpoint] | None = None) -> list[Checkpoint]:
     """The committed checkpoints of a run by step; a commit record that does not verify is passed over, loudly.
 
     A write that outlived its attempt may have committed a step that was then trained, and committed, again: both
     are good, and one of them, always the same, is listed.
+
+    Args:
+        known: of who lists again and again: the records of the last listing by path, brought up to date. A record is
+            written once, to a folder of its own, and never changed: none is read twice.
     """
+    known = {} if known is None else known
     found: dict[int, Checkpoint] = {}
-    for path in sorted(_folders(run, committed=True)):
-        checkpoint = _read_commit(run, path)
+    folders = _folders(run, committed=True)
+    for path in [path for path in known if path not in folders]:
+        known.pop(path, None)  # deleted; another thread may have seen it too
+    for path in sorted(folders):
+        checkpoint = known.get(path) or _read_commit(run, path)
         if checkpoint is not None:
+            known[path] = checkpoint
             found.setdefault(checkpoint.step, checkpoint)
     return [found[step] for step in sorted(found)]
 

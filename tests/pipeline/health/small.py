@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +20,7 @@ from cluster.workers import WorkerContext
 from pipeline.training.config import Course, Stage
 from pipeline.training.learner import Losses, Part
 from pipeline.training.loading import Slot, StageSampler, TrainingBatch, batch_loader
+from tests.fixtures.groups import run_processes
 
 WIDTH = 6
 
@@ -214,7 +214,7 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
 
 def run_group(function: Callable[..., None], workers: int, *arguments: Any) -> None:
     """``function(context, *arguments)`` in so many processes, joined over gloo."""
-    multiprocessing.spawn(_worker, args=(workers, free_port(), function, arguments), nprocs=workers)
+    run_processes(_worker, workers, free_port(), function, arguments, count=workers)
 
 
 def free_port() -> int:

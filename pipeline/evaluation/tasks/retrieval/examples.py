@@ -42,19 +42,16 @@ def _drawn(ranks: Tensor, seed: int, direction: str) -> list[int]:
 
 def _caption(gallery: Gallery, found: Found, query: int, score: Callable[[float], str]) -> Example:
     true, rank, first = int(gallery.owner[query]), int(found.ranks[query]), _first(found, query)
-    shown = [(place, image, f" ({score(value)})") for place, (image, value) in enumerate(first, 1)]
+    shown = [(place, image, score(value)) for place, (image, value) in enumerate(first, 1)]
     if all(image != true for image, _ in first):
         shown.append((rank, true, ""))
+    # No keys beside the pictures: they are paths as often as not, and longer than a thumbnail is wide.
     pictures = [
-        (
-            gallery.thumbnail(image),
-            f"{place}. {gallery.keys[image]}{value}{', the true one' if image == true else ''}",
-        )
+        (gallery.thumbnail(image), " ".join([f"{place}.", *["true"] * (image == true), value]).rstrip())
         for place, image, value in shown
     ]
-    return Example(
-        f"“{gallery.captions[query]}”", rank == 1, pictures, [("rank of the true picture", str(rank))]
-    )
+    lines = [("rank of the true picture", str(rank)), ("its key", gallery.keys[true])]
+    return Example(f"“{gallery.captions[query]}”", rank == 1, pictures, lines)
 
 
 def _picture(gallery: Gallery, found: Found, query: int, score: Callable[[float], str]) -> Example:

@@ -95,7 +95,7 @@ def recall(ranks: Tensor, prefix: str) -> dict[str, Measured]:
     return metrics | {f"{prefix}_median_rank": Measured(values, "median")}
 
 
-def chance(positives: Tensor, candidates: int, k: int = 10) -> float:
+def chance(positives: Tensor, candidates: int, k: int) -> float:
     """The recall at k of random ranks: 1 - P(none of n positives among the first k), averaged over the
     queries.
 

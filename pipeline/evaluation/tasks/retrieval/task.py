@@ -27,6 +27,7 @@ from pipeline.evaluation.tasks.retrieval.pairs import Pairs
 from pipeline.evaluation.tasks.retrieval.ranking import (
     ITC_TIE,
     ITM_TIE,
+    RECALLS,
     Found,
     chance,
     recall,
@@ -48,7 +49,7 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
         families ``t2i`` (an item is a caption) and ``i2t`` (a picture), with
         ``t2i_R1``, ``_R5``, ``_R10`` (captions asking for pictures; shares of 1), ``t2i_median_rank``, the
         same with ``i2t_`` (pictures asking for captions); with ``t2i_rerank_`` and ``i2t_rerank_`` after
-        the matching head has ordered the shortlist, or all; ``t2i_chance_R10`` and ``i2t_chance_R10`` of random
+        the matching head has ordered the shortlist, or all; ``t2i_chance_R1``... and ``i2t_chance_R1``... of random
         ranks; ``candidates_images``, ``candidates_texts``, and ``skipped`` (unreadable samples).
 
     Raises:
@@ -78,8 +79,8 @@ def evaluate(context: TaskContext, task: RetrievalTask) -> TaskResult:
             Family("i2t", gallery.keys, by_image),
         ],
         facts={
-            "t2i_chance_R10": chance(torch.ones(len(owners)), len(gallery.keys)),
-            "i2t_chance_R10": chance(captions, len(owners)),
+            **{f"t2i_chance_R{k}": chance(torch.ones(len(owners)), len(gallery.keys), k) for k in RECALLS},
+            **{f"i2t_chance_R{k}": chance(captions, len(owners), k) for k in RECALLS},
             "candidates_images": float(len(gallery.keys)),
             "candidates_texts": float(len(owners)),
             "skipped": float(sum(gallery.skipped.values())),
