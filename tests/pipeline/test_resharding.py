@@ -25,7 +25,7 @@ from tests.model.small import small_batch, small_config, small_model
 pytestmark = pytest.mark.slow
 
 _SAMPLES, _GROUP = 24, 2
-_BEFORE, _AFTER = 3, 2
+_BEFORE, _AFTER = 2, 1
 _KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
 # Who writes: (ZeRO stage, precision). bf16: the fp32 copy must be what is kept, not the rounded weights.
 _WRITERS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]

@@ -19,7 +19,7 @@ from tests.pipeline import zero_run
 
 pytestmark = pytest.mark.slow
 
-#: fp32 sums in another order, carried on by AdamW. Measured: at most 5e-7 over the six steps.
+#: fp32 sums in another order, carried on by AdamW. Measured: at most 5e-7 over six steps.
 TOLERANCE = {"rel": 1e-5, "abs": 1e-7}
 BLOCK = ModelBlock.model_validate(zero_run.MODEL)
 
@@ -50,7 +50,7 @@ def plain() -> Any:
 
 
 def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]], way: str) -> None:
-    assert len(got) == len(want) == 6, way
+    assert len(got) == len(want) == 4, way
     for step, (one, other) in enumerate(zip(got, want, strict=True)):
         assert one.keys() == other.keys(), way
         for name, value in one.items():
@@ -64,14 +64,14 @@ def test_loss_curves_of_all_stages_agree_at_1_2_and_4_workers(found: dict[int, l
     want = found[1][0]["ZeRO-1"]["curve"]
     assert all(step["norm"] > 0.5 for step in want)  # clipping acts
     assert set(want[0]) == {"itc", "itm", "mlm", "mgsc", "mltc", "norm"}
-    assert set(want[5]) == {"itc", "itm", "mlm", "norm"}
+    assert set(want[3]) == {"itc", "itm", "mlm", "norm"}
     for workers, ranks in found.items():
         for rank in ranks:
             for stage in range(4):
                 way = f"ZeRO-{stage}, {workers} workers"
                 assert_same_curve(rank[f"ZeRO-{stage}"]["curve"], want, way)
                 # One update a step: the engine counted anew where the stages' accumulation differs.
-                assert rank[f"ZeRO-{stage}"]["steps"] == 6, way
+                assert rank[f"ZeRO-{stage}"]["steps"] == 4, way
 
 
 @pytest.mark.parametrize("way", zero_run.OPTIONS)

@@ -48,10 +48,10 @@ MODEL = {
     },
 }
 STAGES = [
-    # Three steps of one backward a part, then steps of two: the engine has to count anew.
-    {"name": "images", "steps": 3, "mixture": {"emoji": 1}, "global_batch": 8},
+    # Two steps of one backward a part, then steps of two: the engine has to count anew.
+    {"name": "images", "steps": 2, "mixture": {"emoji": 1}, "global_batch": 8},
     {
-        **{"name": "clips", "steps": 3, "mixture": {"clips": 1}, "frames": 2, "global_batch": 16},
+        **{"name": "clips", "steps": 2, "mixture": {"clips": 1}, "frames": 2, "global_batch": 16},
         **{"accumulation": 2, "learning_rate": 5e-4, "schedule": {"warmup": 0.4, "decay": "cosine"}},
         "objectives": {"itc": 1.0, "itm": 1.0, "mlm": 1.0},  # parameters go
     },
