@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch.profiler import record_function
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -40,6 +38,9 @@ class Clock:
     """
 
     def __init__(self, phase: str = "other") -> None:
+        from torch.profiler import record_function  # here: drivers import this module, and have no clock
+
+        self._range = record_function
         self.now = Moment(0, phase, time.monotonic(), long=True)  # before the first step
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._entered = self.now.since  # since when the phase of now is not counted yet
@@ -50,7 +51,7 @@ class Clock:
         outer = self.now
         self._enter(outer.step, name, outer.long)
         try:
-            with record_function(name):
+            with self._range(name):
                 yield
         finally:
             self._enter(self.now.step, outer.phase, self.now.long)

@@ -1,6 +1,8 @@
 """The rooms' walls: ``pipeline`` may import the other three, which import neither each other nor ``pipeline``."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,10 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert files
     for file in files:
         assert imported_rooms(file) <= ALLOWED[room], f"{file} reaches into another room"
+
+
+def test_the_driver_s_modules_leave_torch_to_the_workers() -> None:
+    """A mistake in a job is told, and data are prepared, before anything waits for torch to be imported."""
+    code = "import pipeline.job, pipeline.cli, sys; print(sorted({'torch', 'transformers', 'mlflow'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
