@@ -194,13 +194,20 @@ class S3Backend:
         return FileState(int(head["ContentLength"]), str(head.get("ETag", "")))
 
     def iterate(self, prefix: str) -> Iterator[tuple[str, int]]:
-        yield from self._walk(self._folder(prefix), len(self._folder("")))
+        """One request where all fits into a page, however many folders there are; else folder by folder."""
+        folder, skip = self._folder(prefix), len(self._folder(""))
+        page = self._call("list_objects_v2", folder[skip:], Prefix=folder, MaxKeys=_PAGE)
+        if page.get("IsTruncated"):
+            yield from self._walk(folder, skip)
+            return
+        for key, size in sorted((entry["Key"], int(entry["Size"])) for entry in page.get("Contents", [])):
+            if not key.endswith("/"):  # else the marker of an empty folder, as consoles make
+                yield key[skip:], size
 
     def _walk(self, folder: str, skip: int) -> Iterator[tuple[str, int]]:
         """Files under one folder by full key. Folder by folder, since not every server lists flat in key
         order: SeaweedFS gives "a/x" before "a.txt". Within a folder all list by name, so an entry may go out
-        once the names
-        of the page have passed it."""
+        once the names of the page have passed it."""
         waiting: list[tuple[str, int]] = []  # a heap; a folder has size -1
         token: dict[str, str] = {}
         more = True
@@ -220,7 +227,7 @@ class S3Backend:
                 key, size = heapq.heappop(waiting)
                 if size < 0:
                     yield from self._walk(key, skip)
-                elif not key.endswith("/"):  # else the marker of an empty folder, as consoles make
+                elif not key.endswith("/"):
                     yield key[skip:], size
 
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 
 from sharding.errors import StorageFault, UserError
 from sharding.storage import Storage, open_storage
+from sharding.storage_s3 import S3Backend
 from tests.fixtures.s3 import running_s3_server
 
 pytestmark = pytest.mark.server
@@ -212,8 +213,6 @@ def test_an_upload_in_parts_that_fails_leaves_no_parts_behind(
             raise StorageFault("spoilt")
         return true_call(self, operation, *arguments, **request)
 
-    from sharding.storage_s3 import S3Backend
-
     true_call = S3Backend._call
     monkeypatch.setattr("sharding.storage_s3._PART", 5 << 20)
     storage = Storage(storage.config.model_copy(update={"url": f"s3://{bucket}/data", "read_timeout_s": 20}))
@@ -236,15 +235,24 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(monkeypatch):
         assert reading.result(60) == b"content"
 
 
-def test_a_listing_of_several_pages_is_whole_and_sorted(s3_server, monkeypatch):
-    monkeypatch.setattr("sharding.storage_s3._PAGE", 7)
+@pytest.mark.parametrize("page", [7, 1000])
+def test_a_listing_is_whole_and_sorted_and_one_request_where_a_page_holds_it(s3_server, monkeypatch, page):
+    monkeypatch.setattr("sharding.storage_s3._PAGE", page)
     monkeypatch.setattr("sharding.storage_s3._DELETE_AT_ONCE", 10)
     storage = s3_server.storage("many")
     names = [f"{number:04d}/x" if number % 5 == 0 else f"{number:04d}" for number in range(60)]
     names = sorted(names + [f"{number:04d}.txt" for number in range(0, 60, 5)])
     with ThreadPoolExecutor(16) as pool:  # one Storage, many threads
         list(pool.map(lambda name: storage.write_bytes(name, b"1"), names))
+    asked, plain = list[str](), S3Backend._once
+
+    def once(self, operation, **request):
+        asked.append(operation)
+        return plain(self, operation, **request)
+
+    monkeypatch.setattr(S3Backend, "_once", once)
     assert [file.path for file in storage.list()] == names
+    assert (asked == ["list_objects_v2"]) == (page == 1000)
     storage.delete("", recursive=True)
     assert list(storage.list()) == []
 
@@ -294,8 +302,6 @@ def test_wrong_credentials_are_told_apart_from_a_missing_file_also_later(s3_serv
 def test_a_user_who_may_only_read_is_told_so_when_writing_is_to_come(s3_server, monkeypatch):
     storage = s3_server.storage("x")
     storage.check(write=True)
-    from sharding.storage_s3 import S3Backend
-
     true_once = S3Backend._once
 
     def deny(self, operation, **request):
