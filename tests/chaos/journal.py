@@ -41,7 +41,7 @@ class JournalBoard(Board):
         if topic == "training":
             with self._path.open("a") as file:  # one small write at the end: whole, also between processes
                 file.write(f"{time.time()} {os.getpid()} {note['step']}\n")
-            while note["step"] >= _gate(self._path):
+            while note["step"] >= gate_of(self._path):
                 time.sleep(0.02)
 
 
@@ -56,7 +56,8 @@ def set_gate(journal: Path, step: int | None) -> None:
     new.replace(gate)  # whole, whoever reads
 
 
-def _gate(journal: Path) -> float:
+def gate_of(journal: Path) -> float:
+    """The step that the training waits at; infinity where there is none."""
     try:
         return int(journal.with_suffix(".gate").read_text())
     except FileNotFoundError:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.faults import Fault
-from tests.chaos.journal import Trained, set_gate
+from tests.chaos.journal import Trained, gate_of, set_gate
 from tests.chaos.scene import EVERY, Job
 
 #: Steps for one fault: it falls into the first of them, the run goes on in the others.
 WINDOW = EVERY + 4
+_MISSED_S = 5.0  # at the gate without an upload: it had come and gone
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> Non
         set_gate(job.journal_path, max(job.step, moment) + EVERY + 1)  # past the next checkpoint
         job.wait_until(lambda moment=moment: job.step >= moment)  # type: ignore[misc]
         if fault.during == "upload":
-            job.wait_until(job.uploading)
+            _await_upload(job)
         elif fault.during == "evaluation":
             job.wait_until(job.evaluating)
         matrix.tried.append(fault.name)
@@ -101,6 +102,23 @@ def disturb(job: Job, faults: Sequence[Fault], draw: Any, matrix: Matrix) -> Non
     set_gate(job.journal_path, None)
     assert job.command is not None
     job.command.succeed()
+
+
+def _await_upload(job: Job) -> None:
+    """Wait until a checkpoint is on its way. Where one was over before anyone looked, the next is let come."""
+    waits_since = time.monotonic()
+
+    def seen() -> bool:
+        nonlocal waits_since
+        if job.uploading():
+            return True
+        if job.step < gate_of(job.journal_path):
+            waits_since = time.monotonic()
+        elif time.monotonic() - waits_since > _MISSED_S:
+            set_gate(job.journal_path, job.step + EVERY)
+        return False
+
+    job.wait_until(seen)
 
 
 def _await_recovery(job: Job, fault: Fault, began: float) -> Recovery:
