@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, WorkerResources
 from cluster.errors import ClusterError, WorkerGroupError, WorkersStopped
 from cluster.notice import Leaving, Reason
 from cluster.resources import for_fine_tuning
@@ -28,7 +28,7 @@ def _note(folder: Path, context: WorkerContext, text: object) -> None:
     (folder / f"rank{context.rank}-{time.time_ns()}").write_text(str(text))
 
 
-def _run(function: Any, folder: Path, max_failures: int = 2) -> list[str]:
+def _run(function: Any, folder: Path, max_failures: int = 2, config: ClusterConfig = CONFIG) -> list[str]:
     notes = folder / "notes"
     notes.mkdir()
     try:
@@ -36,7 +36,7 @@ def _run(function: Any, folder: Path, max_failures: int = 2) -> list[str]:
             function,
             notes,
             workers=2,
-            config=CONFIG,
+            config=config,
             name="test",
             max_failures=max_failures,
             scratch=folder / "scratch",
@@ -57,7 +57,7 @@ def _reduce_and_train(context: WorkerContext, folder: Path) -> None:
         folder,
         context,
         f"{value.item()} of {context.world_size} on {context.device}, "
-        f"learns {losses[-1] < losses[0]} to {weights:.6f}",
+        f"learns {losses[-1] < losses[0]} to {weights:.6f}, {torch.get_num_threads()} threads",
     )
 
 
@@ -93,8 +93,10 @@ def _train_with_zero_1(context: WorkerContext) -> tuple[list[float], float]:
 def test_two_workers_reduce_over_gloo_and_deepspeed_trains_them_under_zero_1(
     ray_session: None, tmp_path: Path
 ) -> None:
-    first, second = sorted(_run(_reduce_and_train, tmp_path))
+    config = ClusterConfig(worker=WorkerResources(threads=3))  # the default would be the cores, shared
+    first, second = sorted(_run(_reduce_and_train, tmp_path, config=config))
     assert first.startswith("rank0 3.0 of 2 on cpu, learns True to ")
+    assert first.endswith(", 3 threads")
     assert second == first.replace("rank0", "rank1")  # both hold the same weights
 
 
