@@ -50,15 +50,21 @@ _STOP_POLL_S = 0.2  # how often it is looked whether they are to end
 _NOISE_WAIT_S = 5.0  # for Ray to notice the death behind a reset connection, so that it is the one named
 _START_FAILURES = 10  # a group that could not be started
 
-# What the living say when another process died: gloo's and NCCL's sockets, the store, a loader process.
+# What the living say when another process died: gloo's and NCCL's sockets, the store, a loader process, sharding's
+# prefetcher.
 _NOISE = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket (closed|timeout)"
     r"|gloo.*(peer|timed out)"
     r"|nccl.*(remote|system|internal|unhandled|watchdog)|distnetworkerror|recvvalue failed|failed to recv"
-    r"|dataloader worker.*(killed|exited unexpectedly)"
+    r"|dataloader worker.*(killed|exited unexpectedly)|prefetching process was killed"
     r"|^eoferror",  # a batch on its way out of a loader process that was killed
     re.IGNORECASE | re.DOTALL,
 )
+
+
+def is_noise(error: BaseException) -> bool:
+    """Whether an error of the function's only says that some other process has died."""
+    return _NOISE.search(f"{type(error).__name__}: {error}") is not None
 
 
 @dataclass(frozen=True)
@@ -382,7 +388,7 @@ class _Entry:
             f"{type(error).__name__}: {_first_line(error)}",
             "\n".join(text.splitlines()[-_TRACEBACK_LINES:]),
             error if typed and _travels(error) else None,
-            not typed and _NOISE.search(f"{type(error).__name__}: {error}") is not None,
+            not typed and is_noise(error),
         )
 
 

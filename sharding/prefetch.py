@@ -37,6 +37,7 @@ _AHEAD = 512  # batches of the plan that are looked into
 _AT_ONCE = 64  # batches sent before the first is handed out; the rest follows in small pieces
 _DOWNLOADS = 4
 _AGAIN_S = 10.0  # until a shard that could not be fetched is tried again
+_FATE_UNKNOWN = 255  # multiprocessing's exit code where the fork server went with the process
 
 
 class Prefetcher:
@@ -82,7 +83,7 @@ class Prefetcher:
         """Say that the next batch is handed out.
 
         Raises:
-            RuntimeError: the process has died (by a bug, or killed).
+            RuntimeError: the process has died, by a bug or because it was killed; the message says which.
         """
         self._look_ahead(min(self._sent + 8, self._handed_out + _AHEAD))
         self._handed_out += 1
@@ -109,7 +110,10 @@ class Prefetcher:
             self._sender.send(message)
         except OSError:
             self._process.join(5)
-            raise RuntimeError(f"the prefetching process died (exit code {self._process.exitcode})") from None
+            code = self._process.exitcode
+            if code is not None and (code < 0 or code == _FATE_UNKNOWN):
+                raise RuntimeError(f"the prefetching process was killed (exit code {code})") from None
+            raise RuntimeError(f"the prefetching process failed (exit code {code}), see its output") from None
 
 
 class _Fetcher:

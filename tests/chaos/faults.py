@@ -134,7 +134,7 @@ def _terminate_driver(job: Job, draw: Any) -> None:
 #: One of each.
 SHORT = (
     Fault("kill -9 of a worker during a checkpoint's upload", _kill_worker, "upload"),
-    Fault("kill -9 of a loader process", _kill_loader),
+    Fault("kill -9 of a loader or prefetching process", _kill_loader),
     Fault("SIGTERM to a worker", _terminate_worker, may_cost=1),
     Fault("kill -9 of an evaluation", _kill_evaluation, "evaluation", "nothing", 0),
     Fault("kill -9 of the MLflow server", _kill_mlflow, ends="nothing", may_cost=0),

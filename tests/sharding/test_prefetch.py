@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from cluster.workers import is_noise
 from sharding.cache import ShardCache
 from sharding.prefetch import Prefetcher
 from sharding.reader import ShardReader
@@ -148,10 +149,21 @@ def test_the_process_ends_with_a_training_that_is_killed(dataset, tmp_path):
     until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
 
 
-def test_a_prefetcher_that_was_killed_is_said(dataset, tmp_path):
+def test_a_prefetcher_that_was_killed_counts_as_a_death_that_the_workers_are_started_again_after(
+    dataset, tmp_path
+):
     prefetcher = start(ShardCache(tmp_path / "a", 10**9), dataset, [{("a", 0)}] * 5)
     os.kill(prefetcher._process.pid, signal.SIGKILL)
     prefetcher._process.join()
-    with pytest.raises(RuntimeError, match="prefetching process died"):
+    with pytest.raises(RuntimeError, match=r"prefetching process was killed \(exit code -9\)") as caught:
         prefetcher.advance()
+    assert is_noise(caught.value)
+    prefetcher.close()
+
+
+def test_a_prefetcher_that_failed_by_itself_is_a_bug(dataset, tmp_path):
+    prefetcher = start(ShardCache(tmp_path / "a", 10**9), dataset, [{("no such dataset", 0)}] * 5)
+    with pytest.raises(RuntimeError, match=r"prefetching process failed \(exit code 1\)") as caught:
+        until(lambda: prefetcher.advance() is not None)
+    assert not is_noise(caught.value)
     prefetcher.close()
