@@ -23,7 +23,7 @@ from pipeline.training.checkpoints import Checkpoint, fetch_model
 from pipeline.training.config import Stage
 from pipeline.training.data_order import Ordered
 from pipeline.training.learner import Losses, Part, reseed_dropout
-from pipeline.training.loading import StageSampler, batch_loader, pixel_memory
+from pipeline.training.loading import StageSampler, batch_loader, import_ahead, pixel_memory
 from sharding.seeds import derive_seed
 from sharding.storage import Storage
 
@@ -135,6 +135,8 @@ class FineTuningSubject:
 
     def learner(self, context: WorkerContext, scratch: Path) -> FineTuner:
         os.nice(max(0, _NICENESS - os.nice(0)))
+        if self.course.loader_processes:
+            import_ahead("pipeline.fine_tuning.examples")
         return FineTuner(self, open_training(self.task, self.material), context, scratch)
 
 

@@ -11,6 +11,7 @@ holds a contiguous slice of the lanes::
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -114,6 +115,16 @@ class StageSampler(Sampler[list[Slot]]):
                 yield [
                     Slot(step.dataset, shard, row, step.epoch) for shard, row in part.reshape(-1, 2).tolist()
                 ]
+
+
+def import_ahead(*modules: str) -> None:
+    """Let the server that forks loader processes start now, in the background, and import ``modules`` once for all.
+
+    Each loader process of each stage would else import torch and what comes with it for itself, which takes seconds
+    of a core and some hundred MB. To be called before anything else is forked by this process's server.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", *modules])
+    multiprocessing.forkserver.ensure_running()
 
 
 def pixel_memory(processes: int, size: int) -> SharedPixels | None:

@@ -19,7 +19,7 @@ from pipeline.training.batches import Batch, stage_loader
 from pipeline.training.config import Stage, StageBlock
 from pipeline.training.engine import build_model, model_config, optimizer_step
 from pipeline.training.learner import Losses, Part, reseed_dropout
-from pipeline.training.loading import Slot, StageSampler
+from pipeline.training.loading import Slot, StageSampler, import_ahead
 from pipeline.training.prefetch import PrefetchedSampler, in_flight, open_cache
 from pipeline.training.weights import load_weights
 from sharding.manifest import Manifest, load_manifest
@@ -43,6 +43,8 @@ class PretrainingSubject:
 
     def learner(self, context: WorkerContext, scratch: Path) -> Pretraining:
         job = self.job.model_copy(update={"train": self.job.train.resized(context.world_size)})
+        if job.train.loader_processes:
+            import_ahead("pipeline.training.batches")
         storage = open_storage(job.storage)
         readers = _open_readers(job, self.datasets, storage, scratch, context.local_world_size)
         return Pretraining(job, storage, readers, context, scratch)

@@ -1,5 +1,7 @@
-"""Batches are the same bytes whether two loader processes made them or none, crops and flips included."""
+"""Loader processes: the batches they make, and how they begin."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ from sharding.reader import ShardReader
 from sharding.storage import open_storage
 from tests.fixtures.jobs import tiny_job
 
-pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
-
-def test_two_loader_processes_give_the_batches_of_none(raw_corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_two_loader_processes_give_the_batches_of_none_crops_and_flips_included(
+    raw_corpus: Path, tmp_path: Path
+) -> None:
     plain = tiny_job(raw_corpus, tmp_path / "storage")
     plain["datasets"]["emoji"]["image"] = {"resize": 100, "format": "jpg"}
     job = parse_job(plain, "test")
@@ -45,3 +49,25 @@ def test_two_loader_processes_give_the_batches_of_none(raw_corpus: Path, tmp_pat
         assert torch.equal(batch.valid, other.valid)
         for name, tensor in vars(batch.masks).items():
             assert torch.equal(tensor, getattr(other.masks, name)), name
+
+
+FORKED = """
+import multiprocessing, sys
+from pipeline.training.loading import import_ahead
+
+if __name__ == "__main__":
+    import_ahead(*sys.argv[2:])
+    told = "import sys; open(%r, 'w').write(str('pipeline.training.batches' in sys.modules))" % sys.argv[1]
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(told,))
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_loader_processes_are_forked_from_one_that_has_imported_what_they_need(
+    ahead: bool, tmp_path: Path
+) -> None:
+    modules = ["pipeline.training.batches"] if ahead else []
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "told"), *modules], timeout=600, check=True)
+    assert (tmp_path / "told").read_text() == str(ahead)
