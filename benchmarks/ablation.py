@@ -1,12 +1,15 @@
 """The paper's claim in miniature: does semantic completion help, at equal data, steps and seeds?
 
     python -m benchmarks.ablation --seeds 3 --steps 400 --jobs 2
+    python -m benchmarks.ablation --data emoji --width 160 --batch 96 --seeds 3 --jobs 2
 
-Three ways to pre-train the same small GLSCL on made-up scenes (``docs/scenes.md``): ITC + ITM + MLM; with MGSC too;
-with MGSC and MLTC. Each is measured on scenes of held-out pairs of objects: zero-shot retrieval, VQA after
+Three ways to pre-train the same small GLSCL: ITC + ITM + MLM; with MGSC too; with MGSC and MLTC. On made-up scenes
+(``docs/scenes.md``) each is measured on scenes of held-out pairs of objects: zero-shot retrieval, VQA after
 fine-tuning, and the alignment of words with regions (ALIGN-BENCH's scores), by the same code that evaluates
-checkpoints. A run is a process of one thread; what a run found is kept in ``--out``, so that the command goes on
-where it was stopped. Steps are equal, not time: completion makes a step dearer (the table says by how much).
+checkpoints. On the demo's emoji, few pictures seen often, it is retrieval of the held-out ones alone.
+
+A run is a process of one thread; what a run found is kept in ``--out``, so that the command goes on where it was
+stopped. Steps are equal, not time: completion makes a step dearer (the table says by how much).
 
 Differences are paired: the same item (a caption, a question, an image) under the same seed; their 95 % intervals
 draw items and seeds (both with replacement), since three seeds are a sample too.
@@ -30,6 +33,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torchvision.transforms.v2 import functional as F
 
 from cluster.config import ClusterConfig
 from cluster.session import session
@@ -53,6 +57,7 @@ from pipeline.evaluation.tasks.vqa.config import VQATask
 from pipeline.evaluation.tasks.vqa.data import Question, VQAData, load_questions
 from pipeline.scenes.command import BUNDLED, write_scenes
 from pipeline.scenes.request import Request
+from sharding.decoding import decode_image
 from sharding.manifest import load_manifest
 from sharding.prepare import PrepareConfig, prepare
 from sharding.reader import ShardReader
@@ -62,11 +67,15 @@ from sharding.scenes.objects import open_objects
 from sharding.seeds import derive_seed, generator
 from sharding.storage import Storage, open_storage
 
+EMOJI = BUNDLED.with_name("images.jsonl")  # of the demo
 BASE = {"itc": 0.5, "itm": 1.0, "mlm": 1.0}  # the paper's weights
 #: What is compared: the objectives of completion that each way adds.
 WAYS: dict[str, tuple[str, ...]] = {"itc+itm+mlm": (), "+ mgsc": ("mgsc",), "+ mgsc + mltc": ("mgsc", "mltc")}
-#: Metrics of the table, by what they are measured by.
-METRICS = ("t2i_R1", "i2t_R1", "t2i_rerank_R1", "accuracy", "global_pixel", "local_pixel")
+#: Metrics of the table, by the data that they are measured on.
+METRICS = {
+    "scenes": ("t2i_R1", "i2t_R1", "t2i_rerank_R1", "accuracy", "global_pixel", "local_pixel"),
+    "emoji": ("t2i_R1", "i2t_R1", "t2i_R10", "i2t_R10", "t2i_rerank_R1"),
+}
 _DATASET = "dataset.txt"  # in the folder of the data: where the held-out pairs lie, as shards
 
 
@@ -74,11 +83,13 @@ _DATASET = "dataset.txt"  # in the folder of the data: where the held-out pairs 
 class Setting:
     """Everything that all runs have in common. What changes a number is here."""
 
+    data: str = "scenes"  # or "emoji"
     steps: int = 400
     completion_from: int = 0  # the step from which completion is learnt: before it, all ways are the first
     mgsc: float = 1.0  # weights, the paper's
     mltc: float = 0.2
     completion_ratio: float = 0.4  # of the tokens masked for completion
+    removal_ratio: float = 0.8  # of the patches removed for MGSC
     batch: int = 64
     learning_rate: float = 1.5e-3
     side: int = 64
@@ -114,6 +125,7 @@ class Setting:
             fusion_layers=self.layers,
             projection_size=self.width,
             completion_ratio=self.completion_ratio,
+            removal_ratio=self.removal_ratio,
         )
 
     def objectives(self, way: str, step: int) -> dict[str, float]:
@@ -139,8 +151,12 @@ def main() -> None:
         "--out", type=Path, default=Path("glscl-ablation"), help="folder for data and results"
     )
     for field in fields(Setting):
+        choices = list(METRICS) if field.name == "data" else None
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            choices=choices,
         )
     parser.add_argument("--run", nargs=2, metavar=("WAY", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -156,30 +172,19 @@ def main() -> None:
     wanted = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
     _run_all(wanted, folder, arguments.jobs, console)
     console.print(f"setting: {asdict(setting)}", highlight=False)
-    console.print(table({(way, seed): _read(folder, way, seed) for way, seed in wanted}, arguments.seeds))
+    records = {(way, seed): _read(folder, way, seed) for way, seed in wanted}
+    console.print(table(records, arguments.seeds, METRICS[setting.data]))
 
 
-# The data: scenes, the same for all runs.
+# The data, the same for all runs.
 
 
 def make_data(setting: Setting, folder: Path, console: Console) -> None:
-    """Evaluation sets in their official formats, and the retrieval set as shards; what is there is kept."""
+    """What is evaluated on: retrieval as shards, the rest in official formats. What is there is kept."""
     storage = open_storage(folder / "data")
-    request = Request(
-        objects=str(BUNDLED),
-        splits={"train": setting.vqa_images, "test": setting.held_out},
-        tasks=("retrieval", "vqa", "alignment"),
-        rules=setting.rules,
-    )
-    write_scenes(storage, request, console)
+    source = _emoji_source() if setting.data == "emoji" else _scenes_source(setting, storage, console)
     if storage.exists(_DATASET):
         return
-    source = {
-        "kind": "karpathy",
-        "path": storage.url_of("retrieval/dataset_scenes.json"),
-        "images": storage.url_of("retrieval/images"),
-        "split": "test",
-    }
     config = PrepareConfig.model_validate(
         {"modality": "image", "source": source, "image": {"format": "keep"}}
     )
@@ -188,8 +193,53 @@ def make_data(setting: Setting, folder: Path, console: Console) -> None:
     storage.write_bytes(_DATASET, prepared.path.encode())
 
 
-def _training_scenes(setting: Setting) -> tuple[torch.Tensor, list[list[str]]]:
+def _emoji_source() -> dict[str, Any]:
+    return {
+        "kind": "table",
+        "path": str(EMOJI),
+        "path_column": "path",
+        "caption_column": "caption",
+        "where": {"split": "held-out"},
+    }
+
+
+def _scenes_source(setting: Setting, storage: Storage, console: Console) -> dict[str, Any]:
+    request = Request(
+        objects=str(BUNDLED),
+        splits={"train": setting.vqa_images, "test": setting.held_out},
+        tasks=("retrieval", "vqa", "alignment"),
+        rules=setting.rules,
+    )
+    write_scenes(storage, request, console)
+    return {
+        "kind": "karpathy",
+        "path": storage.url_of("retrieval/dataset_scenes.json"),
+        "images": storage.url_of("retrieval/images"),
+        "split": "test",
+    }
+
+
+def _training_pairs(setting: Setting) -> tuple[torch.Tensor, list[list[str]]]:
     """uint8 [N, 1, 3, S, S] and the captions of each."""
+    return _training_emoji(setting) if setting.data == "emoji" else _training_scenes(setting)
+
+
+def _training_emoji(setting: Setting) -> tuple[torch.Tensor, list[list[str]]]:
+    rows = [row for row in map(json.loads, EMOJI.read_text().splitlines()) if row["split"] == "train"]
+    size = (setting.side, setting.side)
+    pixels = torch.stack(
+        [
+            F.resize(
+                torch.from_numpy(decode_image((EMOJI.parent / row["path"]).read_bytes())).permute(2, 0, 1),
+                size,
+            )
+            for row in rows
+        ]
+    )
+    return pixels[:, None], [row["captions"] for row in rows]
+
+
+def _training_scenes(setting: Setting) -> tuple[torch.Tensor, list[list[str]]]:
     rules = setting.rules
     scenes = Scenes(rules, open_objects(str(BUNDLED), open_storage("."), largest_side(rules)))
     pixels = np.empty((setting.train, 1, 3, setting.side, setting.side), np.uint8)
@@ -211,8 +261,10 @@ def _run(setting: Setting, folder: Path, way: str, seed: int) -> None:
     _pre_train(model, processor, setting, way, seed)
     trained = time.process_time() - cpu
     storage = open_storage(folder / "data")
-    families = [*_zero_shot(model.eval(), processor, storage, seed)]
-    families += _questions(model, processor, storage, setting, seed, folder / f"model-{_name(way, seed)}")
+    families = [*_retrieval(model.eval(), processor, storage, seed)]
+    if setting.data == "scenes":
+        families += _alignment(model, processor, storage, seed)
+        families += _questions(model, processor, storage, setting, seed, folder / f"model-{_name(way, seed)}")
     record = {
         "way": way,
         "seed": seed,
@@ -222,7 +274,7 @@ def _run(setting: Setting, folder: Path, way: str, seed: int) -> None:
             name: {"keys": family.keys, "values": one.values.tolist()}
             for family in families
             for name, one in family.metrics.items()
-            if name in METRICS
+            if name in METRICS[setting.data]
         },
     }
     partial = folder / f"{_name(way, seed)}.partial"
@@ -243,7 +295,7 @@ def _pre_train(
     seed: int,
 ) -> None:
     """Every way sees the same scenes, captions and masks at the same step."""
-    pixels, captions = _training_scenes(setting)
+    pixels, captions = _training_pairs(setting)
     patches = (setting.side // setting.patch) ** 2
     valid = torch.ones(setting.batch, dtype=torch.bool)
     optimizer = torch.optim.AdamW(
@@ -252,7 +304,7 @@ def _pre_train(
     )
     for step in _steps(optimizer, setting.steps):
         draws = generator(derive_seed(seed, "batch", step))
-        chosen = draws.permutation(setting.train)[: setting.batch]
+        chosen = draws.permutation(len(captions))[: setting.batch]
         text = processor.tokenize([captions[i][int(draws.integers(len(captions[i])))] for i in chosen])
         masks = draw_masks(
             model.config,
@@ -277,17 +329,23 @@ def _pre_train(
         _update(model, optimizer, output.loss)
 
 
-def _zero_shot(
+def _retrieval(
     model: GLSCLForPreTraining, processor: GLSCLProcessor, storage: Storage, seed: int
-) -> Iterator[Family]:
+) -> Sequence[Family]:
     dataset = storage.at(storage.read_bytes(_DATASET).decode())
     reader = ShardReader(dataset, load_manifest(dataset))
     context = TaskContext(model, processor, storage, reader, seed)
-    yield from retrieval.evaluate(
+    return retrieval.evaluate(
         context, RetrievalTask(name="retrieval", dataset="held-out", rerank=20)
     ).families
+
+
+def _alignment(
+    model: GLSCLForPreTraining, processor: GLSCLProcessor, storage: Storage, seed: int
+) -> Sequence[Family]:
+    context = TaskContext(model, processor, storage, None, seed)
     task = AlignmentTask(name="alignment", annotations="alignment/test.pkl", images="alignment/test/images")
-    yield from alignment.evaluate(context, task).families
+    return alignment.evaluate(context, task).families
 
 
 def _questions(
@@ -412,16 +470,14 @@ def _read(folder: Path, way: str, seed: int) -> dict[str, Any]:
     return record
 
 
-def table(records: dict[tuple[str, int], dict[str, Any]], seeds: int) -> Table:
+def table(records: dict[tuple[str, int], dict[str, Any]], seeds: int, metrics: Sequence[str]) -> Table:
     """A row a metric: the mean of each way over its seeds, and its paired difference from the first way."""
     first = next(iter(WAYS))
-    shown = Table(
-        "metric", "items", first, title=f"{seeds} seeds, held-out pairs of objects", title_justify="left"
-    )
+    shown = Table("metric", "items", first, title=f"{seeds} seeds, held-out data", title_justify="left")
     for way in list(WAYS)[1:]:
         shown.add_column(way)
         shown.add_column("difference [95 %]")
-    for metric in METRICS:
+    for metric in metrics:
         values = {
             way: np.array([records[way, seed]["metrics"][metric]["values"] for seed in range(seeds)])
             for way in WAYS
