@@ -247,6 +247,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that the checkpoint was fine-tuned to for this task (VQA, NLVR2, retrieval), "
+            "instead of the pre-trained one.",
+            show_default=False,
+        ),
+    ] = None,
     license_: Annotated[
         str | None,
         typer.Option(
@@ -260,7 +268,7 @@ def export(
     """
     from pipeline.export.folder import export as export_checkpoint
 
-    export_checkpoint(checkpoint, folder, console(), best=best, license_=license_)
+    export_checkpoint(checkpoint, folder, console(), best=best, task=task, license_=license_)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pipeline.export.facts import Data, Facts, Stage
 
 _DIRECTIONS = (("t2i", "caption → picture", "images"), ("i2t", "picture → caption", "texts"))
 
-_USE = """\
+_IMPORT = """\
 The classes are those of the GLSCL pipeline's package `model`; importing one, or `model.auto`, also
 makes `AutoModel` and `AutoProcessor` know them. In this folder:
 
@@ -20,11 +20,15 @@ makes `AutoModel` and `AutoProcessor` know them. In this folder:
 from PIL import Image
 from transformers import AutoProcessor
 
-from model import GLSCLForPreTraining
+from model import {architecture}
 
-glscl = GLSCLForPreTraining.from_pretrained(".")
+glscl = {architecture}.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 
+"""
+
+_USE = {
+    "GLSCLForPreTraining": """\
 inputs = processor(images=Image.open("photo.jpg"), text=["a red balloon", "two dogs in the snow"])
 texts = glscl.get_text_features(inputs["input_ids"], inputs["attention_mask"])
 image = glscl.get_image_features(inputs["pixel_values"])
@@ -34,7 +38,36 @@ print((image @ texts.T / glscl.temperature()).softmax(dim=-1))  # which caption 
 `get_video_features` embeds clips (`processor(videos=...)`, up to {max_frames} frames), `glscl.match` judges single
 pairs, `GLSCLModel.from_pretrained(".")` is the backbone alone. `glscl align PHOTO "CAPTION" --model .` draws which
 regions the words of a caption attend to.
-"""
+""",
+    "GLSCLForVisualQuestionAnswering": """\
+inputs = processor(images=Image.open("photo.jpg"), text="what colour is the balloon?")
+logits = glscl(**inputs).logits  # one for each of {answers:,} answers
+print(glscl.config.id2label[int(logits.argmax())])
+```
+""",
+    "GLSCLForNLVR2": """\
+left_and_right = [Image.open("left.jpg"), Image.open("right.jpg")]
+inputs = processor(videos=[left_and_right], text="both pictures show a balloon")
+print(glscl(**inputs).logits.softmax(dim=-1)[0, 1])  # how likely is it true of the two?
+```
+""",
+    "GLSCLForImageTextRetrieval": """\
+inputs = processor(images=Image.open("photo.jpg"), text=["a red balloon", "two dogs in the snow"])
+texts = glscl.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+image = glscl.get_image_features(inputs["pixel_values"])
+print((image @ texts.T / glscl.temperature()).softmax(dim=-1))  # which caption is it?
+```
+
+`get_video_features` embeds clips (`processor(videos=...)`, up to {max_frames} frames), `glscl.match` ranks single
+pairs.
+""",
+}
+
+#: Of a recipe, what decides the weights.
+_RECIPE = (
+    *("learning_rate", "fusion_multiplier", "head_multiplier", "weight_decay", "global_batch", "resolution"),
+    *("dataset", "negatives", "itc_weight", "precision"),
+)
 
 
 def model_card(facts: Facts) -> str:
@@ -42,15 +75,16 @@ def model_card(facts: Facts) -> str:
     step = facts.checkpoint.step
     sections = [
         f"---\n{_front_matter(facts)}---",
-        f"# {facts.run}, step {step}",
+        f"# {facts.run}, step {step}{_for_a_task(facts)}",
         _introduction(facts),
         "## Use",
-        _USE.format(max_frames=facts.config.max_frames).rstrip(),
+        _use(facts),
         "## Evaluation",
         _evaluation(facts.outcomes),
         "## Data",
         _data(facts.data),
-        "## Training",
+        *(() if facts.fine_tuned is None else ("## Fine-tuning", _fine_tuning(facts.fine_tuned))),
+        "## Training" if facts.fine_tuned is None else "## Pre-training",
         _training(facts),
         "## Provenance",
         _provenance(facts),
@@ -58,6 +92,27 @@ def model_card(facts: Facts) -> str:
         _licence(facts),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _for_a_task(facts: Facts) -> str:
+    return "" if facts.fine_tuned is None else f", fine-tuned for {facts.fine_tuned['task']}"
+
+
+def _use(facts: Facts) -> str:
+    config = facts.config
+    text = _IMPORT.format(architecture=facts.architecture) + _USE[facts.architecture].format(
+        max_frames=config.max_frames, answers=config.num_labels
+    )
+    return text.rstrip()
+
+
+def _fine_tuning(record: Mapping[str, Any]) -> str:
+    recipe = record["recipe"]
+    items = {"task": f"`{record['task']}`, version {record['task_version']}", "steps": f"{record['steps']:,}"}
+    items |= {name.replace("_", " "): f"{recipe[name]}" for name in _RECIPE if recipe.get(name) is not None}
+    items |= {"augmentation": _augmentation(recipe["augmentation"]), "seed": str(record["seed"])}
+    items |= {"data": f"digest `{record['data'][:16]}`"}
+    return "Of the pre-trained checkpoint named below.\n\n" + _list(items)
 
 
 def _front_matter(facts: Facts) -> str:

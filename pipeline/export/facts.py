@@ -64,7 +64,9 @@ class Facts:
         shared_steps: of those of them that have no schedule of their own.
         begun_with: names of the weights files, without the places they lay in.
         code: of each start of the training that ran other code than the one before; empty: not recorded.
-        outcomes: finished evaluations of this checkpoint, failed ones too.
+        outcomes: finished evaluations of this checkpoint, failed ones too; of a fine-tuned model those of its task.
+        architecture: name of the class whose weights they are.
+        fine_tuned: the record of the fine-tuning, where the model is fine-tuned.
         license: as the user states it.
     """
 
@@ -85,6 +87,8 @@ class Facts:
     code: list[dict[str, str]]
     data: list[Data]
     outcomes: list[Outcome]
+    architecture: str
+    fine_tuned: dict[str, Any] | None
     license: str | None
 
 
@@ -94,15 +98,31 @@ _TRAIN = (
 )
 
 
-def gather(source: RunSource, checkpoint: Checkpoint, weights: Path, license_: str | None) -> Facts:
-    """The facts of ``checkpoint``, whose verified weights are in the folder ``weights``."""
+def gather(
+    source: RunSource,
+    checkpoint: Checkpoint,
+    weights: Path,
+    license_: str | None,
+    fine_tuned: dict[str, Any] | None = None,
+) -> Facts:
+    """The facts of ``checkpoint``, whose verified weights are in the folder ``weights``.
+
+    Args:
+        fine_tuned: the record of its fine-tuning, where the weights are those that came of it.
+    """
     from model import GLSCLConfig
 
     configuration, record = source.record["configuration"], checkpoint.record
     train, config = configuration["train"], GLSCLConfig.from_pretrained(weights)
-    stages = _stages(train, config.image_size, checkpoint.step)
+    model = configuration["model"]
+    side = GLSCLConfig.preset(model["preset"], **model["overrides"]).image_size  # not a fine-tuned model's
+    stages = _stages(train, side, checkpoint.step)
     outcomes = [one for one in Ledger(source.run).outcomes() if one.checkpoint["digest"] == checkpoint.digest]
-    files = {PurePosixPath(name).name: entry["sha256"] for name, entry in checkpoint.files.items()}
+    if fine_tuned is not None:
+        version = (fine_tuned["task"], fine_tuned["task_version"])
+        outcomes = [one for one in outcomes if (one.task, one.version) == version]
+    committed = checkpoint.files if fine_tuned is None else fine_tuned["files"]
+    files = {PurePosixPath(name).name: entry["sha256"] for name, entry in committed.items()}
     return Facts(
         run=PurePosixPath(source.run.url).name,
         checkpoint=checkpoint,
@@ -121,6 +141,8 @@ def gather(source: RunSource, checkpoint: Checkpoint, weights: Path, license_: s
         code=source.record.get("code", []),
         data=_data(source, checkpoint, stages, outcomes),
         outcomes=outcomes,
+        architecture=(config.architectures or ["GLSCLForPreTraining"])[0],
+        fine_tuned=fine_tuned,
         license=license_,
     )
 

@@ -13,14 +13,20 @@ from rich.console import Console
 
 from pipeline.export.card import model_card
 from pipeline.export.facts import gather
-from pipeline.export.source import find_run, processor_of
+from pipeline.export.source import find_fine_tuning, find_run, processor_of
 from sharding.errors import StorageFault, UserError
 
 CARD = "README.md"
 
 
 def export(
-    address: str, folder: Path, console: Console, *, best: str | None = None, license_: str | None = None
+    address: str,
+    folder: Path,
+    console: Console,
+    *,
+    best: str | None = None,
+    task: str | None = None,
+    license_: str | None = None,
 ) -> None:
     """Write weights, configuration, processor and model card of a checkpoint to ``folder``.
 
@@ -29,24 +35,31 @@ def export(
     Args:
         address, best: see :func:`pipeline.export.source.find_run`.
         folder: must not exist, or be empty.
+        task: take the model that the checkpoint was fine-tuned to for this task.
         license_: an identifier of the hub for the card, e.g. ``apache-2.0``.
 
     Raises:
-        UserError: no such checkpoint, one whose files are not those that were committed, or a ``folder`` that
-            holds something or cannot be written.
+        UserError: no such checkpoint or fine-tuning, one whose files are not those that were committed, or a
+            ``folder`` that holds something or cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     _refuse_occupied(folder)
     source = find_run(address, best)
     with _beside(folder) as work:
-        checkpoint, weights = source.fetch(work)
+        if task is None:
+            checkpoint, weights = source.fetch(work)
+            place, fine_tuned = source.run.url_of(checkpoint.path), None
+        else:
+            tuning = find_fine_tuning(source, task)
+            checkpoint, weights = tuning.checkpoint, tuning.fetch(work)
+            place, fine_tuned = tuning.place.url, tuning.record
         processor_of(source, weights).save_pretrained(weights)
-        card = model_card(gather(source, checkpoint, weights, license_))
+        card = model_card(gather(source, checkpoint, weights, license_, fine_tuned))
         (weights / CARD).write_text(card, encoding="utf-8")
         _refuse_occupied(folder)
         os.replace(weights, folder)
     console.print(
-        f"{source.run.url_of(checkpoint.path)} -> {folder} (step {checkpoint.step}, weights verified)",
+        f"{place} -> {folder} (step {checkpoint.step}, weights verified)",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -72,6 +72,56 @@ class RunSource:
         raise UserError("\n".join(faults))
 
 
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuned model of a run: which checkpoint it began with, and what its record says."""
+
+    checkpoint: Checkpoint
+    place: Storage
+    record: dict[str, Any]
+
+    def fetch(self, folder: Path) -> Path:
+        """Its verified weights, in a folder below ``folder``.
+
+        Raises:
+            UserError: they are not what was committed.
+        """
+        from pipeline.fine_tuning.launch import fetch_fine_tuned
+
+        try:
+            fetch_fine_tuned(self.place, self.record, folder)
+        except BadData as error:
+            raise UserError(str(error)) from None
+        return folder / "model"
+
+
+def find_fine_tuning(source: RunSource, task: str) -> FineTuning:
+    """The fine-tuning for ``task`` of the first candidate that has one.
+
+    Raises:
+        UserError: none has; names the tasks and steps that there are.
+    """
+    from pipeline.fine_tuning.launch import kept_fine_tunings, tasks_fine_tuned
+
+    try:
+        kept = kept_fine_tunings(source.run, task)
+    except BadData as error:
+        raise UserError(str(error)) from None
+    for checkpoint in source.candidates:
+        for place, record in kept:
+            if record["checkpoint"]["digest"] == checkpoint.digest:
+                return FineTuning(checkpoint, place, record)
+    if kept:
+        steps = sorted({record["checkpoint"]["step"] for _, record in kept})
+        raise UserError(
+            f"--task {task}: step {source.candidates[0].step} is not fine-tuned for it; of {source.run.url} the steps "
+            f"{', '.join(map(str, steps))} are"
+        )
+    known = tasks_fine_tuned(source.run)
+    hint = did_you_mean(task, known) or (f"; there are {', '.join(known)}" if known else "")
+    raise UserError(f"--task {task}: {source.run.url} has no model fine-tuned for it{hint}")
+
+
 def find_run(address: str, best: str | None = None) -> RunSource:
     """What lies at ``address``: a run, or one checkpoint of it (``RUN/checkpoints/step-00000100``).
 

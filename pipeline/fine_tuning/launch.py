@@ -12,6 +12,7 @@ the fine-tuning goes on from its newest checkpoint, whatever was killed: a worke
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -37,6 +38,7 @@ FOLDER = "fine-tuning"
 RECORD = "fine-tuned.json"
 FORMAT = "glscl-fine-tuned"
 
+_READ = ("task", "checkpoint", "steps", "recipe", "finished")  # of a record, by whoever uses it
 _KEPT = 2  # checkpoints: the newest, and the one before in case it is damaged
 _PATIENCE_S = 7 * 86400.0  # for room on the cluster: the evaluation's own time limit is the one that counts
 
@@ -85,7 +87,7 @@ def fine_tuned(assignment: Assignment, setup: FineTuningSetup, folder: Path) -> 
     if record is None:
         record = _keep(assignment, place, _train(assignment, setup, place), folder)
     else:
-        _fetch(place, record, folder)
+        fetch_fine_tuned(place, record, folder)
     for name, is_folder in {(file.path.split("/")[0], "/" in file.path) for file in place.list()}:
         if name not in ("model", RECORD):
             place.delete(name, recursive=is_folder)
@@ -98,7 +100,7 @@ def _read(place: Storage) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        whole = record["format"] == FORMAT and {"steps", "recipe"} <= set(record)
+        whole = record["format"] == FORMAT and set(_READ) <= set(record)
         # Nothing is written anywhere but below the model's folder, whatever a record says.
         whole = whole and all(PurePosixPath(name).parts[0] == "model" for name in record["files"])
         whole = whole and not any(".." in PurePosixPath(name).parts for name in record["files"])
@@ -109,7 +111,35 @@ def _read(place: Storage) -> dict[str, Any] | None:
     return record
 
 
-def _fetch(place: Storage, record: dict[str, Any], folder: Path) -> None:
+def kept_fine_tunings(run: Storage, task: str) -> list[tuple[Storage, dict[str, Any]]]:
+    """Fine-tunings of a run's checkpoints for ``task`` that have ended, and their records, the latest first.
+
+    Raises:
+        BadData: a record is none.
+    """
+    folders = {
+        PurePosixPath(file.path).parent
+        for file in run.list(FOLDER)
+        if PurePosixPath(file.path).name == RECORD
+        and re.fullmatch(rf"{re.escape(task)}-v[^/]+", PurePosixPath(file.path).parts[1])
+    }
+    found = [(place, _read(place)) for place in (run.at(str(folder)) for folder in sorted(folders))]
+    ended = [(place, record) for place, record in found if record is not None and record["task"] == task]
+    return sorted(ended, key=lambda one: one[1]["finished"], reverse=True)
+
+
+def tasks_fine_tuned(run: Storage) -> list[str]:
+    """Names of the tasks that ``kept_fine_tunings`` knows."""
+    records = [file.path.split("/") for file in run.list(FOLDER) if file.path.endswith(f"/{RECORD}")]
+    return sorted({folder.rpartition("-v")[0] for _, folder, *_ in records})
+
+
+def fetch_fine_tuned(place: Storage, record: dict[str, Any], folder: Path) -> None:
+    """Download the model that ``record`` is of to ``folder / "model"``, and verify it.
+
+    Raises:
+        BadData: it is not what was committed.
+    """
     for name, expected in record["files"].items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 import re
 import subprocess
@@ -19,9 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from model import GLSCLForPreTraining, GLSCLModel, GLSCLProcessor
+from model import (
+    GLSCLConfig,
+    GLSCLForImageTextRetrieval,
+    GLSCLForNLVR2,
+    GLSCLForPreTraining,
+    GLSCLForVisualQuestionAnswering,
+    GLSCLModel,
+    GLSCLProcessor,
+)
 from pipeline.cli import main
 from pipeline.export.folder import CARD
+from pipeline.fine_tuning.launch import kept_fine_tunings
 from pipeline.runs import open_run_folder
 from pipeline.tracking import RunHandle
 from sharding.storage import open_storage
@@ -177,6 +188,94 @@ def test_what_is_said_of_use_runs_as_it_stands(
     )
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"tensor\(\[\[ *-?0\.\d+, +-?0\.\d+\]\]", ran.stdout)
+
+
+FINE_TUNED = {
+    "vqa": GLSCLForVisualQuestionAnswering,
+    "nlvr2": GLSCLForNLVR2,
+    "pairs": GLSCLForImageTextRetrieval,
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Steps 4 and 8, of which 8 is fine-tuned for three tasks."""
+    folder = tmp_path_factory.mktemp("tuned")
+    run = make_trained_run(folder)
+    run.evaluated(run.checkpoint(4, folder / "scratch"), **retrieval_metrics(0.5))
+    newest = run.checkpoint(8, folder / "scratch")
+    run.evaluated(newest, **retrieval_metrics(0.25))
+    block = run.job.model
+    config = GLSCLConfig.preset(block.preset, **block.overrides)
+    for task, architecture in FINE_TUNED.items():
+        its = copy.deepcopy(config)
+        if task == "vqa":
+            its.id2label = {0: "yes", 1: "red"}
+            its.label2id = {"yes": 0, "red": 1}
+        model = architecture(its)
+        model.resize_images(48)
+        run.fine_tuned(newest, task, model, folder / "scratch")
+        run.evaluated(newest, task, accuracy=0.75)
+    return run
+
+
+@pytest.mark.parametrize("task", FINE_TUNED)
+def test_a_fine_tuned_model_opens_as_its_class_and_its_card_tells_how_it_came_about(
+    tuned: TrainedRun,
+    tmp_path: Path,
+    glscl: Glscl,
+    task: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "out"
+    code, output, error = glscl("export", tuned.run.url, folder, "--task", task)
+    assert code == 0, error
+    assert f"fine-tuning/{task}-v1-0123abcd/" in output
+    [record] = [record for _, record in kept_fine_tunings(tuned.run, task)]
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest == record["files"]["model/model.safetensors"]["sha256"]
+    card = _card(folder)
+    for line in (
+        f"# tiny, step 8, fine-tuned for {task}",
+        f"`{task}` on `held-out`:",
+        f"- `model.safetensors`: sha256 `{digest}`",
+        "- learning rate: 0.0002",
+        "- resolution: 48",
+        "| `images` | 8 | `emoji` 100 % | itc 0.5, itm 1, mgsc 1, mlm 1, mltc 0.2 | 32 | 4 | 16 |",
+    ):
+        assert line in card
+    assert "Zero-shot retrieval" not in card  # which are the pre-trained model's
+
+    [snippet] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for name in ("photo", "left", "right"):
+        Image.new("RGB", (60, 50), "red").save(folder / f"{name}.jpg")
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    shown = capsys.readouterr().out.strip()
+    assert shown in ("yes", "red") if task == "vqa" else shown.startswith("tensor(")
+
+
+def test_a_fine_tuning_that_is_not_there_or_damaged_is_told_in_a_line(
+    tuned: TrainedRun, tmp_path: Path, glscl: Glscl
+) -> None:
+    run, out = tuned.run.url, tmp_path / "out"
+    for arguments, message in (
+        ((run, out, "--task", "vqaa"), "did you mean 'vqa'?"),
+        ((f"{run}/checkpoints/step-00000004", out, "--task", "vqa"), "step 4 is not fine-tuned for it; of "),
+        ((run, out, "--best", "held-out/t2i_R10", "--task", "vqa"), "step 4 is not fine-tuned for it; of "),
+    ):
+        code, _, error = glscl("export", *arguments)
+        assert (code, len(error.splitlines())) == (2, 1), (arguments, error)
+        assert message in error
+    [(place, _)] = kept_fine_tunings(tuned.run, "nlvr2")
+    whole = place.read_bytes("model/model.safetensors")
+    place.write_bytes("model/model.safetensors", whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, error = glscl("export", run, out, "--task", "nlvr2")
+    place.write_bytes("model/model.safetensors", whole)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "has sha256" in error
+    assert not out.exists()
 
 
 def test_what_is_not_known_is_said_to_be(tmp_path: Path, glscl: Glscl) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from model import GLSCLConfig, GLSCLForPreTraining
 from pipeline.config import JobConfig, parse_job
 from pipeline.evaluation.ledger import Ledger, Outcome, checkpoint_record
+from pipeline.fine_tuning.config import FineTuning
+from pipeline.fine_tuning.launch import FOLDER, RECORD
+from pipeline.fine_tuning.launch import FORMAT as LAUNCH_FORMAT
 from pipeline.runs import open_run_folder
 from pipeline.training.checkpoints import FORMAT, VERSION, Checkpoint, record_digest
 from sharding.manifest import Counts, Manifest, Modality
@@ -70,6 +74,31 @@ class TrainedRun:
         )
         ledger = Ledger(self.run)
         ledger.fail(outcome, give_up=True) if cause else ledger.finish(outcome)
+
+    def fine_tuned(self, checkpoint: Checkpoint, task: str, model: PreTrainedModel, scratch: Path) -> Storage:
+        """Keep ``model`` as a fine-tuning for ``task`` does."""
+        version = "1-0123abcd"
+        place = self.run.at(f"{FOLDER}/{task}-v{version}/{checkpoint.digest[:16]}")
+        model.save_pretrained(scratch / task / "model")
+        files = {}
+        for file in sorted((scratch / task / "model").iterdir()):
+            uploaded = place.upload(file, f"model/{file.name}")
+            files[f"model/{file.name}"] = {"size": uploaded.size, "sha256": uploaded.sha256}
+        block = FineTuning(steps=20, learning_rate=2e-4, resolution=48)
+        record = {
+            "format": LAUNCH_FORMAT,
+            "files": files,
+            "task": task,
+            "task_version": version,
+            "checkpoint": checkpoint_record(checkpoint),
+            "data": "89abcdef" * 8,
+            "seed": 7,
+            "steps": 20,
+            "recipe": block.model_dump(mode="json"),
+            "finished": 3.0,
+        }
+        place.write_json(RECORD, record)
+        return place
 
 
 def retrieval_metrics(recall: float) -> dict[str, float]:

@@ -37,7 +37,8 @@ def kept(run: Run, **changes: Any) -> Storage:
         assert source is not None
         uploaded = place.upload(source, name)
         files[name] = {"size": uploaded.size, "sha256": uploaded.sha256}
-    place.write_json(RECORD, {"format": FORMAT, "files": files, "steps": 20, "recipe": {}} | changes)
+    record = {"format": FORMAT, "files": files, "task": "vqa", "checkpoint": assignment.checkpoint_record}
+    place.write_json(RECORD, {**record, "steps": 20, "recipe": {}, "finished": 1.0, **changes})
     place.write_bytes(f"{FOLDER}/step-00000020/commit.json", b"{}")
     place.write_bytes("captions-0123.parquet", b"of a kind's own")
     return place
