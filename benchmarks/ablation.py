@@ -1,7 +1,7 @@
 """The paper's claim in miniature: does semantic completion help, at equal data, steps and seeds?
 
     python -m benchmarks.ablation --seeds 3 --steps 400 --jobs 2
-    python -m benchmarks.ablation --data emoji --width 160 --batch 96 --seeds 3 --jobs 2
+    python -m benchmarks.ablation --data emoji --batch 96 --seeds 3 --jobs 2
 
 Three ways to pre-train the same small GLSCL: ITC + ITM + MLM; with MGSC too; with MGSC and MLTC. On made-up scenes
 (``docs/scenes.md``) each is measured on scenes of held-out pairs of objects: zero-shot retrieval, VQA after
@@ -146,6 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument(
         "--out", type=Path, default=Path("glscl-ablation"), help="folder for data and results"
@@ -169,11 +170,12 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 130)
     folder.mkdir(parents=True, exist_ok=True)
     make_data(setting, folder, console)
-    wanted = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    wanted = [(way, seed) for seed in seeds for way in WAYS]
     _run_all(wanted, folder, arguments.jobs, console)
     console.print(f"setting: {asdict(setting)}", highlight=False)
     records = {(way, seed): _read(folder, way, seed) for way, seed in wanted}
-    console.print(table(records, arguments.seeds, METRICS[setting.data]))
+    console.print(table(records, seeds, METRICS[setting.data]))
 
 
 # The data, the same for all runs.
@@ -470,17 +472,18 @@ def _read(folder: Path, way: str, seed: int) -> dict[str, Any]:
     return record
 
 
-def table(records: dict[tuple[str, int], dict[str, Any]], seeds: int, metrics: Sequence[str]) -> Table:
+def table(
+    records: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int], metrics: Sequence[str]
+) -> Table:
     """A row a metric: the mean of each way over its seeds, and its paired difference from the first way."""
     first = next(iter(WAYS))
-    shown = Table("metric", "items", first, title=f"{seeds} seeds, held-out data", title_justify="left")
+    shown = Table("metric", "items", first, title=f"{len(seeds)} seeds, held-out data", title_justify="left")
     for way in list(WAYS)[1:]:
         shown.add_column(way)
         shown.add_column("difference [95 %]")
     for metric in metrics:
         values = {
-            way: np.array([records[way, seed]["metrics"][metric]["values"] for seed in range(seeds)])
-            for way in WAYS
+            way: np.array([records[way, seed]["metrics"][metric]["values"] for seed in seeds]) for way in WAYS
         }
         cells = [metric, str(values[first].shape[1]), f"{100 * values[first].mean():.1f}"]
         for way in list(WAYS)[1:]:
@@ -491,7 +494,7 @@ def table(records: dict[tuple[str, int], dict[str, Any]], seeds: int, metrics: S
                 f"{change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
             ]
         shown.add_row(*cells)
-    cost = {way: np.mean([records[way, seed]["cpu_s"] for seed in range(seeds)]) for way in WAYS}
+    cost = {way: np.mean([records[way, seed]["cpu_s"] for seed in seeds]) for way in WAYS}
     cells = ["CPU s of pre-training", "", f"{cost[first]:.0f}"]
     for way in list(WAYS)[1:]:
         cells += [f"{cost[way]:.0f}", f"x {cost[way] / cost[first]:.2f}"]

@@ -28,23 +28,25 @@ def _note(folder: Path, context: WorkerContext, text: object) -> None:
     (folder / f"rank{context.rank}-{time.time_ns()}").write_text(str(text))
 
 
+def _notes(folder: Path) -> list[str]:
+    """All of them, in the order they were written."""
+    written = sorted((folder / "notes").iterdir(), key=lambda path: path.name.rpartition("-")[2])
+    return [f"{path.name.partition('-')[0]} {path.read_text()}" for path in written]
+
+
 def _run(function: Any, folder: Path, max_failures: int = 2, config: ClusterConfig = CONFIG) -> list[str]:
     notes = folder / "notes"
-    notes.mkdir()
-    try:
-        run_workers(
-            function,
-            notes,
-            workers=2,
-            config=config,
-            name="test",
-            max_failures=max_failures,
-            scratch=folder / "scratch",
-        )
-    finally:
-        written = sorted(notes.iterdir(), key=lambda path: path.name.rpartition("-")[2])
-        print([(path.name, path.read_text()) for path in written])
-    return [f"{path.name.partition('-')[0]} {path.read_text()}" for path in written]
+    notes.mkdir(exist_ok=True)
+    run_workers(
+        function,
+        notes,
+        workers=2,
+        config=config,
+        name="test",
+        max_failures=max_failures,
+        scratch=folder / f"scratch-{max_failures}",
+    )
+    return _notes(folder)
 
 
 def _reduce_and_train(context: WorkerContext, folder: Path) -> None:
@@ -123,32 +125,19 @@ def _dies_twice(context: WorkerContext, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_after_kill_9_of_a_worker_or_of_its_loader_process_the_function_is_called_again(
+def test_after_kill_9_of_a_worker_or_its_loader_process_the_function_is_called_again_as_often_as_allowed(
     ray_session: None, tmp_path: Path
 ) -> None:
-    notes = _run(_dies_twice, tmp_path)
-    assert sorted(notes) == [
+    with pytest.raises(WorkerGroupError, match="worker 1 died, and 1 earlier deaths") as caught:
+        _run(_dies_twice, tmp_path, max_failures=1)
+    assert caught.value.rank == 1
+    assert "died unexpectedly" in str(caught.value)
+    assert sorted(_notes(tmp_path)) == ["rank0 start", "rank0 start", "rank1 start", "rank1 start"]
+
+    assert sorted(_run(_dies_twice, tmp_path, max_failures=0)) == [
         *("rank0 end", "rank0 start", "rank0 start", "rank0 start"),
         *("rank1 end", "rank1 start", "rank1 start", "rank1 start"),
     ]
-
-
-def _killed(context: WorkerContext, folder: Path) -> None:
-    import torch
-
-    torch.distributed.barrier()
-    if context.rank == 1:
-        time.sleep(2)  # as above
-        os.kill(os.getpid(), signal.SIGKILL)
-    torch.distributed.barrier()
-
-
-@pytest.mark.slow
-def test_more_deaths_than_allowed_end_the_run(ray_session: None, tmp_path: Path) -> None:
-    with pytest.raises(WorkerGroupError, match="worker 1 died, and 0 earlier deaths") as caught:
-        _run(_killed, tmp_path, max_failures=0)
-    assert caught.value.rank == 1
-    assert "died unexpectedly" in str(caught.value)
 
 
 def _one_mistake(context: WorkerContext, folder: Path) -> None:
