@@ -78,7 +78,7 @@ def open_readers(job: JobConfig, stage: StageBlock) -> dict[str, ShardReader]:
         raise UserError(f"{storage.url_of(run_path(job))} holds no run: `glscl run` the job first")
     readers = {}
     for name in stage.mixture:
-        dataset = storage.at(record["datasets"][name])
+        dataset = storage.resolve(record["datasets"][name])
         readers[name] = ShardReader(dataset, load_manifest(dataset))
     return readers
 
