@@ -27,8 +27,7 @@ processor = AutoProcessor.from_pretrained(".")
 
 """
 
-_USE = {
-    "GLSCLForPreTraining": """\
+_CAPTIONS = """\
 inputs = processor(images=Image.open("photo.jpg"), text=["a red balloon", "two dogs in the snow"])
 texts = glscl.get_text_features(inputs["input_ids"], inputs["attention_mask"])
 image = glscl.get_image_features(inputs["pixel_values"])
@@ -36,7 +35,13 @@ print((image @ texts.T / glscl.temperature()).softmax(dim=-1))  # which caption 
 ```
 
 `get_video_features` embeds clips (`processor(videos=...)`, up to {max_frames} frames), `glscl.match` judges single
-pairs, `GLSCLModel.from_pretrained(".")` is the backbone alone. `glscl align PHOTO "CAPTION" --model .` draws which
+pairs.
+"""
+
+_USE = {
+    "GLSCLForPreTraining": _CAPTIONS
+    + """\
+`GLSCLModel.from_pretrained(".")` is the backbone alone. `glscl align PHOTO "CAPTION" --model .` draws which
 regions the words of a caption attend to.
 """,
     "GLSCLForVisualQuestionAnswering": """\
@@ -51,16 +56,7 @@ inputs = processor(videos=[left_and_right], text="both pictures show a balloon")
 print(glscl(**inputs).logits.softmax(dim=-1)[0, 1])  # how likely is it true of the two?
 ```
 """,
-    "GLSCLForImageTextRetrieval": """\
-inputs = processor(images=Image.open("photo.jpg"), text=["a red balloon", "two dogs in the snow"])
-texts = glscl.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-image = glscl.get_image_features(inputs["pixel_values"])
-print((image @ texts.T / glscl.temperature()).softmax(dim=-1))  # which caption is it?
-```
-
-`get_video_features` embeds clips (`processor(videos=...)`, up to {max_frames} frames), `glscl.match` ranks single
-pairs.
-""",
+    "GLSCLForImageTextRetrieval": _CAPTIONS,
 }
 
 #: Of a recipe, what decides the weights.

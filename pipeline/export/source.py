@@ -101,12 +101,13 @@ def find_fine_tuning(source: RunSource, task: str) -> FineTuning:
     Raises:
         UserError: none has; names the tasks and steps that there are.
     """
-    from pipeline.fine_tuning.launch import kept_fine_tunings, tasks_fine_tuned
+    from pipeline.fine_tuning.launch import kept_fine_tunings
 
     try:
-        kept = kept_fine_tunings(source.run, task)
+        everything = kept_fine_tunings(source.run)
     except BadData as error:
         raise UserError(str(error)) from None
+    kept = [(place, record) for place, record in everything if record["task"] == task]
     for checkpoint in source.candidates:
         for place, record in kept:
             if record["checkpoint"]["digest"] == checkpoint.digest:
@@ -117,8 +118,7 @@ def find_fine_tuning(source: RunSource, task: str) -> FineTuning:
             f"--task {task}: step {source.candidates[0].step} is not fine-tuned for it; of {source.run.url} the steps "
             f"{', '.join(map(str, steps))} are"
         )
-    known = tasks_fine_tuned(source.run)
-    hint = did_you_mean(task, known) or (f"; there are {', '.join(known)}" if known else "")
+    hint = did_you_mean(task, {record["task"] for _, record in everything}) if everything else ""
     raise UserError(f"--task {task}: {source.run.url} has no model fine-tuned for it{hint}")
 
 

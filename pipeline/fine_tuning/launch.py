@@ -12,7 +12,6 @@ the fine-tuning goes on from its newest checkpoint, whatever was killed: a worke
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
@@ -38,7 +37,8 @@ FOLDER = "fine-tuning"
 RECORD = "fine-tuned.json"
 FORMAT = "glscl-fine-tuned"
 
-_READ = ("task", "checkpoint", "steps", "recipe", "finished")  # of a record, by whoever uses it
+#: Of a record, by whoever uses it.
+_READ = ("task", "task_version", "checkpoint", "data", "seed", "steps", "recipe", "finished")
 _KEPT = 2  # checkpoints: the newest, and the one before in case it is damaged
 _PATIENCE_S = 7 * 86400.0  # for room on the cluster: the evaluation's own time limit is the one that counts
 
@@ -111,27 +111,16 @@ def _read(place: Storage) -> dict[str, Any] | None:
     return record
 
 
-def kept_fine_tunings(run: Storage, task: str) -> list[tuple[Storage, dict[str, Any]]]:
-    """Fine-tunings of a run's checkpoints for ``task`` that have ended, and their records, the latest first.
+def kept_fine_tunings(run: Storage) -> list[tuple[Storage, dict[str, Any]]]:
+    """Fine-tunings of a run's checkpoints that have ended, of all tasks, and their records; the latest first.
 
     Raises:
         BadData: a record is none.
     """
-    folders = {
-        PurePosixPath(file.path).parent
-        for file in run.list(FOLDER)
-        if PurePosixPath(file.path).name == RECORD
-        and re.fullmatch(rf"{re.escape(task)}-v[^/]+", PurePosixPath(file.path).parts[1])
-    }
-    found = [(place, _read(place)) for place in (run.at(str(folder)) for folder in sorted(folders))]
-    ended = [(place, record) for place, record in found if record is not None and record["task"] == task]
+    paths = [PurePosixPath(file.path) for file in run.list(FOLDER)]
+    places = [run.at(str(path.parent)) for path in paths if path.name == RECORD]
+    ended = [(place, record) for place in places if (record := _read(place)) is not None]
     return sorted(ended, key=lambda one: one[1]["finished"], reverse=True)
-
-
-def tasks_fine_tuned(run: Storage) -> list[str]:
-    """Names of the tasks that ``kept_fine_tunings`` knows."""
-    records = [file.path.split("/") for file in run.list(FOLDER) if file.path.endswith(f"/{RECORD}")]
-    return sorted({folder.rpartition("-v")[0] for _, folder, *_ in records})
 
 
 def fetch_fine_tuned(place: Storage, record: dict[str, Any], folder: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_fine_tuned_model_opens_as_its_class_and_its_card_tells_how_it_came_ab
     code, output, error = glscl("export", tuned.run.url, folder, "--task", task)
     assert code == 0, error
     assert f"fine-tuning/{task}-v1-0123abcd/" in output
-    [record] = [record for _, record in kept_fine_tunings(tuned.run, task)]
+    [record] = [record for _, record in kept_fine_tunings(tuned.run) if record["task"] == task]
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest == record["files"]["model/model.safetensors"]["sha256"]
     card = _card(folder)
@@ -268,7 +268,7 @@ def test_a_fine_tuning_that_is_not_there_or_damaged_is_told_in_a_line(
         code, _, error = glscl("export", *arguments)
         assert (code, len(error.splitlines())) == (2, 1), (arguments, error)
         assert message in error
-    [(place, _)] = kept_fine_tunings(tuned.run, "nlvr2")
+    [place] = [place for place, record in kept_fine_tunings(tuned.run) if record["task"] == "nlvr2"]
     whole = place.read_bytes("model/model.safetensors")
     place.write_bytes("model/model.safetensors", whole[:-1] + bytes([whole[-1] ^ 1]))
     code, _, error = glscl("export", run, out, "--task", "nlvr2")

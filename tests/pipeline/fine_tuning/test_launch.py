@@ -38,6 +38,7 @@ def kept(run: Run, **changes: Any) -> Storage:
         uploaded = place.upload(source, name)
         files[name] = {"size": uploaded.size, "sha256": uploaded.sha256}
     record = {"format": FORMAT, "files": files, "task": "vqa", "checkpoint": assignment.checkpoint_record}
+    record |= {"task_version": assignment.version, "data": assignment.data_digest, "seed": 3}
     place.write_json(RECORD, {**record, "steps": 20, "recipe": {}, "finished": 1.0, **changes})
     place.write_bytes(f"{FOLDER}/step-00000020/commit.json", b"{}")
     place.write_bytes("captions-0123.parquet", b"of a kind's own")
