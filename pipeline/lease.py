@@ -2,14 +2,17 @@
 
 Layout, below the run's folder::
 
-    driver/00000003.json        who took the run: host, process, since when. Created exclusively, never changed
+    driver/00000003.json        who took the run: host, process, since when. Created exclusively, then never touched
     driver/00000003.alive.json  the beats of its heart, and at the end that it has let go
 
-The lease with the highest number holds. Whoever wants the run creates the next number, which only one can, and
-only where the holder has let go or is gone: on the same machine the process tells that at once; of another
-machine only its silence does, which is measured here and not by its clock. A driver that was itself taken for dead
-(its machine slept, the storage was away) finds the higher number and ends. Workers that outlive their driver look
-before they write a checkpoint (:class:`Fence`).
+The lease with the highest number holds. No number is ever given out twice: a look at the folder is not a moment
+in time, and one that missed the newest lease, or was overtaken by other drivers, must find the number taken that
+it goes for. That is why the records stay, one small file for each start of the run.
+
+Whoever wants the run creates the next number, which only one can, and only where the holder has let go or is gone:
+on the same machine the process tells that at once; of another machine only its silence does, which is measured here
+and not by its clock. A driver that was itself taken for dead (its machine slept, the storage was away) finds the
+higher number and ends. Workers that outlive their driver look before they write a checkpoint (:class:`Fence`).
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ FOLDER = "driver"
 BEAT_S = 5.0
 SILENCE_S = 30.0  # of another machine's driver, after which it is taken for dead
 _CLOCK_S = 2.0  # by which the start of the same process may seem to differ
-_LEASE = re.compile(r"^driver/(\d{8})\.json$")
+_LEASE = re.compile(rf"^{FOLDER}/(\d{{8}})\.json$")
+_HEART = re.compile(rf"^{FOLDER}/(\d{{8}})\.alive\.json$")
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def _take(run: Storage, silence_s: float) -> int:
     if not run.create_exclusive(f"{FOLDER}/{following:08d}.json", json.dumps(mine).encode()):
         raise UserError(f"{run.url} was taken by another driver at this moment")
     for file in list(run.list(FOLDER)):
-        match = re.match(rf"^{FOLDER}/(\d+)\.", file.path)
+        match = _HEART.match(file.path)
         if match and int(match[1]) < following:
             run.delete(file.path)
     return following
@@ -167,6 +171,8 @@ def _lives(run: Storage, number: int, record: dict[str, Any], silence_s: float) 
         return False
     if record.get("machine") == _machine():
         return _runs(record)
+    if _newest(run) != number:
+        return False  # somebody was faster, which whoever creates the next record finds out
     logger.warning(
         "%s: process %s on %s has not let go of the run; listening for %g s whether it lives",
         *(run.url, record.get("pid"), record.get("host"), silence_s),
@@ -175,7 +181,7 @@ def _lives(run: Storage, number: int, record: dict[str, Any], silence_s: float) 
     while time.monotonic() < deadline:
         time.sleep(min(1.0, silence_s / 10))
         now = _read(run, path)
-        if now.get("released"):
+        if now.get("released") or _newest(run) != number:
             return False
         if now != last:
             return True

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pipeline.lease
 from pipeline.errors import RunTakenOver
 from pipeline.lease import hold
 from sharding.errors import UserError
-from sharding.storage import Storage
+from sharding.storage import Storage, StoredFile
 
 _HOLDER = """
 import sys
@@ -84,11 +84,38 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after_it_was_k
             pass
 
 
-def test_a_run_that_was_let_go_is_free_and_one_folder_of_records_stays(run: Storage) -> None:
+def test_a_run_that_was_let_go_is_free_and_keeps_who_had_it(run: Storage) -> None:
     for number in (1, 2, 3):
         with hold(run):
             names = [file.path for file in run.list("driver")]
-            assert names == [f"driver/{number:08d}.alive.json", f"driver/{number:08d}.json"]
+            assert names == [
+                *(f"driver/{former:08d}.json" for former in range(1, number)),
+                f"driver/{number:08d}.alive.json",
+                f"driver/{number:08d}.json",
+            ]
+
+
+@pytest.mark.parametrize("overtakers", [1, 2])
+def test_a_driver_that_others_overtake_while_it_looks_is_refused(
+    run: Storage, monkeypatch: pytest.MonkeyPatch, overtakers: int
+) -> None:
+    """A listing may miss what is created meanwhile, and does miss what is deleted."""
+    pretend_elsewhere(run, 1, released=True)
+    look = Storage.list
+
+    def slow_look(storage: Storage, prefix: str = "") -> Iterator[StoredFile]:
+        monkeypatch.setattr(Storage, "list", look)  # for the others, and from then on
+        seen = list(look(storage, prefix))
+        for _ in range(overtakers - 1):
+            with hold(run):
+                pass
+        others.enter_context(hold(run))
+        yield from (file for file in seen if storage.exists(file.path))
+
+    with ExitStack() as others:
+        monkeypatch.setattr(Storage, "list", slow_look)
+        with pytest.raises(UserError, match="taken by another driver"), hold(run):
+            pass
 
 
 def test_a_process_of_the_same_number_is_not_taken_for_the_driver(run: Storage) -> None:
