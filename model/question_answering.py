@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -45,6 +46,20 @@ class GLSCLForVisualQuestionAnswering(GLSCLPreTrainedModel):
         width = 2 * config.hidden_size
         self.vqa_classifier = classifier(width, width, config.num_labels)
         self.post_init()
+
+    def begin_with_prior(self, chances: Tensor) -> None:
+        """Give a new head the biases with which it says ``chances`` [A], in 0..1 exclusive, before it has learnt more.
+
+        A loss of A binary terms of which nearly all are 0 is otherwise mostly about how rare answers are: its
+        gradients teach nothing else for the first hundreds of steps (Lin et al., "Focal Loss for Dense Object
+        Detection", section 3.3, where the same is done).
+        """
+        if chances.shape != (self.config.num_labels,):
+            raise ValueError(f"chances of shape {tuple(chances.shape)} for {self.config.num_labels} answers")
+        output = self.vqa_classifier[3]
+        assert isinstance(output, nn.Linear)
+        with torch.no_grad():
+            output.bias.copy_(torch.logit(chances))
 
     @can_return_tuple
     def forward(

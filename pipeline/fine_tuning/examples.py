@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
@@ -102,6 +104,12 @@ class ExampleTable:
         for batch in self._table.to_batches(max_chunksize=_SHARD):
             digest.update(json.dumps(batch.to_pylist(), ensure_ascii=False).encode())
         return digest.hexdigest()
+
+    def scores(self, labels: int) -> npt.NDArray[np.float64]:
+        """How right each of the ``labels`` is, summed over the examples: [labels]."""
+        pairs = self._table["labels"].combine_chunks().flatten()
+        numbers, scores = pairs.field("label").to_numpy(), pairs.field("score").to_numpy()
+        return np.bincount(numbers, scores, minlength=labels).astype(np.float64)
 
     def example(self, shard: int, row: int) -> Example:
         """The example of a slot."""

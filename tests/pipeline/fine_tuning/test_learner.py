@@ -136,6 +136,26 @@ def test_the_new_head_is_the_same_on_every_worker(tuner: FineTuner) -> None:
         assert torch.equal(tensor, first[name]), name
 
 
+def test_a_new_answer_head_begins_with_how_often_answers_are_right_and_a_trained_one_as_it_is(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path)
+    run.storage.write_json("answers.json", ["fist", "lamp", "heart"])
+    task = vqa_task(run.storage).model_copy(update={"answer2id": "answers.json"})
+    training = open_training(task, Material(run.storage, {}, run.run.at("fine-tuning/test")))
+    model = training.load_model(tmp_path / "model")
+    assert isinstance(model, GLSCLForVisualQuestionAnswering)
+    bias = model.vqa_classifier[3].bias
+    # 24 questions have an answer of these three: half of them each of two, none the lamp.
+    torch.testing.assert_close(bias.detach().sigmoid(), torch.tensor([12.5, 0.5, 12.5]) / 25)
+    with torch.no_grad():
+        bias.fill_(7.0)
+    model.save_pretrained(tmp_path / "trained")
+    again = training.load_model(tmp_path / "trained")
+    assert isinstance(again, GLSCLForVisualQuestionAnswering)
+    assert again.vqa_classifier[3].bias.tolist() == [7.0] * 3
+
+
 def test_each_kind_has_its_own_model() -> None:
     found = {kind: model_class(kind) for kind in ("vqa", "nlvr2", "retrieval")}
     assert found == {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class VQATask(TaskConfig):
         answer2id: address of a JSON file with the vocabulary instead: a list, or numbers by answer.
         fine_tune: how; the paper's recipe unless the block says otherwise.
     """
+
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["vqa"] = "vqa"
     data: VQAData
