@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.workers import WorkerContext
 from model import GLSCLForPreTraining, backward_in_parts
 from pipeline.config import JobConfig, parse_job
+from pipeline.training import pretraining
 from pipeline.training.batches import Batch, StageSampler, stage_loader
 from pipeline.training.consumption import RETRACTED, ConsumptionRecorder, StepRecord
 from pipeline.training.data_order import draw_mixture
@@ -224,6 +226,28 @@ def test_loader_processes_give_the_same_batches(job: JobConfig, readers: dict[st
         batches(one, readers, start=6), batches(job, readers, start=6), strict=True
     ):
         assert_same(with_process, without)
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_training_imports_ahead_what_its_loader_processes_need(
+    job: JobConfig,
+    readers: dict[str, ShardReader],
+    processes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ahead: set[str] = set()
+    monkeypatch.setattr(pretraining, "import_ahead", lambda *modules: ahead.update(modules))
+    train = job.train.model_copy(update={"loader_processes": processes})
+    subject = pretraining.PretrainingSubject(
+        job.model_copy(update={"train": train}),
+        {name: reader.dataset.url for name, reader in readers.items()},
+    )
+    learner = subject.learner(WorkerContext(0, 1, 0, 1, 0, torch.device("cpu")), tmp_path)
+    loader = learner.loader(job.train.stages[0], 0)
+    assert ahead == (
+        {type(loader.dataset).__module__, type(loader.collate_fn).__module__} if processes else set()
+    )
 
 
 def test_the_sampler_knows_its_length(job: JobConfig, readers: dict[str, ShardReader]) -> None:

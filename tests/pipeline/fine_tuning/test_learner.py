@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from cluster.workers import WorkerContext
 from model import GLSCLForImageTextRetrieval, GLSCLForNLVR2, GLSCLForVisualQuestionAnswering
+from pipeline.fine_tuning import learner
 from pipeline.fine_tuning.examples import FineTuningBatch
 from pipeline.fine_tuning.learner import FineTuner, FineTuningSubject, Material, model_class, open_training
 from pipeline.training.learner import Losses, Part
@@ -154,6 +155,34 @@ def test_a_new_answer_head_begins_with_how_often_answers_are_right_and_a_trained
     again = training.load_model(tmp_path / "trained")
     assert isinstance(again, GLSCLForVisualQuestionAnswering)
     assert again.vqa_classifier[3].bias.tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_it_imports_ahead_what_its_loader_processes_need_and_lets_others_go_first(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    task = vqa_task(run.storage, workers=1, loader_processes=processes)
+    subject = FineTuningSubject(
+        task,
+        task.fine_tune.course(48),
+        3,
+        Material(run.storage, {}, run.run.at("fine-tuning/test")),
+        run.run,
+        run.checkpoint,
+        "builtin",
+    )
+    ahead: set[str] = set()
+    steps: list[int] = []
+    monkeypatch.setattr(learner, "import_ahead", lambda *modules: ahead.update(modules))
+    monkeypatch.setattr(learner.os, "nice", lambda more: steps.append(more) or sum(steps))  # not this process
+    tuner = subject.learner(WorkerContext(0, 1, 0, 1, 0, CPU), tmp_path / "scratch")
+    assert sum(steps) > 0
+    tuner.build_model()
+    loader = tuner.loader(subject.course.stages[0], 0)
+    assert ahead == (
+        {type(loader.dataset).__module__, type(loader.collate_fn).__module__} if processes else set()
+    )
 
 
 def test_each_kind_has_its_own_model() -> None:
