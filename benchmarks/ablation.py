@@ -373,6 +373,7 @@ def _questions(
     pretrained.save_pretrained(weights)
     torch.manual_seed(derive_seed(seed, "vqa-initialisation"))
     model = GLSCLForVisualQuestionAnswering.from_pretrained(weights, id2label=dict(enumerate(answers)))
+    model.begin_with_prior(_chances(questions, answers))
     _fine_tune(model.train(), processor, storage, setting, questions, answers, seed)
     result: TaskResult = vqa.evaluate_vqa(model.eval(), processor, storage, task, answers, seed)
     return result.families
@@ -384,6 +385,16 @@ def _vqa_data(split: str, subtype: str) -> VQAData:
         annotations=f"vqa/v2_mscoco_{subtype}_annotations.json",
         images=f"vqa/{subtype}",
     )
+
+
+def _chances(questions: Sequence[Question], answers: Sequence[str]) -> torch.Tensor:
+    """How often each answer is right, as a fine-tuning counts it."""
+    right = dict.fromkeys(answers, 0.5)
+    for question in questions:
+        for answer, score in soft_scores(question.answers or ()).items():
+            if answer in right:
+                right[answer] += score
+    return torch.tensor(list(right.values())) / (len(questions) + 1)
 
 
 def _fine_tune(
