@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -103,6 +103,9 @@ class TorchArchive:
 
     def _bytes(self, name: str) -> bytes:
         try:
+            # So that what is read is never larger than the file, whatever the file says.
+            if self._zip.getinfo(name).compress_type != ZIP_STORED:
+                raise WeightImportError(f"{self._path}: {name} is compressed, as torch never leaves it")
             return self._zip.read(name)
         except (BadZipFile, KeyError, RuntimeError, zlib.error) as error:
             raise WeightImportError(f"{self._path} is damaged at {name}: {error}") from error

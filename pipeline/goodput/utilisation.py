@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Utilisation:
-    """Worker 0 counts its own batches, which stand for those of all. Making one is collective.
+    """Worker 0 counts its own batches, which stand for those of all.
 
     Args:
         step_flops: ``(stage, batch)`` -> FLOPs of this worker's forward and backward, 0 where nobody knows.
@@ -34,20 +34,29 @@ class Utilisation:
         context: WorkerContext,
         recorder: AttemptRecorder,
     ) -> None:
-        self._step_flops, self._recorder = step_flops, recorder
+        self._step_flops, self._precision, self._recorder = step_flops, precision, recorder
+        self._device = context.device
         self._workers = context.world_size if context.rank == 0 else 0
-        rate, self._name = peak_of(context.device, precision)
-        # All measure at once: workers of one machine share its cores.
-        rates = torch.tensor([rate], dtype=torch.float64, device=context.device)
-        dist.all_reduce(rates)
-        self._peak = float(rates[0])
+        self._peak, self._name = 0.0, ""  # not measured yet
         self._flops = 0.0
 
     def add(self, stage: Any, batch: Any) -> None:
-        """One more contrastive batch of the present step."""
-        if self._workers:
-            with self._recorder.clock.phase("other"):
+        """One more contrastive batch of the present step. The first time it is collective."""
+        with self._recorder.clock.phase("other"):
+            if not self._name:
+                self._measure()
+            if self._workers:
                 self._flops += self._step_flops(stage, batch) * self._workers
+
+    def _measure(self) -> None:
+        """Once there is a batch: until then what starts beside the worker (loader processes) takes its cores.
+
+        All workers measure at once, as those of one machine share its cores.
+        """
+        rate, self._name = peak_of(self._device, self._precision)
+        rates = torch.tensor([rate], dtype=torch.float64, device=self._device)
+        dist.all_reduce(rates)
+        self._peak = float(rates[0])
 
     def of_step(self, seconds: float) -> dict[str, float]:
         """``speed/mfu`` of the step that ends now; nothing where nobody counts."""

@@ -206,6 +206,20 @@ def _rewritten(source: Path, target: Path, change: dict[str, bytes | None]) -> N
                 new.writestr(name, data)
 
 
+@pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
+def test_an_archive_that_would_unfold_is_refused(tmp_path: Path, bomb: str) -> None:
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "good.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as old,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w") as new,
+    ):
+        for entry in old.infolist():
+            way = zipfile.ZIP_DEFLATED if entry.filename.endswith(f"/{bomb}") else zipfile.ZIP_STORED
+            new.writestr(entry.filename, old.read(entry), compress_type=way)
+    with pytest.raises(WeightImportError, match=f"bomb.pt: .*/{bomb} is compressed"):
+        read_weights(tmp_path / "bomb.pt")
+
+
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(6.0)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as archive:
