@@ -55,6 +55,8 @@ from pipeline.evaluation.tasks.vqa import task as vqa
 from pipeline.evaluation.tasks.vqa.answers import frequent_answers, soft_scores
 from pipeline.evaluation.tasks.vqa.config import VQATask
 from pipeline.evaluation.tasks.vqa.data import Question, VQAData, load_questions
+from pipeline.fine_tuning.examples import ExampleTable
+from pipeline.fine_tuning.vqa import question_examples
 from pipeline.scenes.command import BUNDLED, write_scenes
 from pipeline.scenes.request import Request
 from sharding.decoding import decode_image
@@ -373,7 +375,8 @@ def _questions(
     pretrained.save_pretrained(weights)
     torch.manual_seed(derive_seed(seed, "vqa-initialisation"))
     model = GLSCLForVisualQuestionAnswering.from_pretrained(weights, id2label=dict(enumerate(answers)))
-    model.begin_with_prior(_chances(questions, answers))
+    table = ExampleTable(question_examples([questions], answers))
+    model.begin_with_prior(torch.from_numpy(table.scores(len(answers))), len(table))
     _fine_tune(model.train(), processor, storage, setting, questions, answers, seed)
     result: TaskResult = vqa.evaluate_vqa(model.eval(), processor, storage, task, answers, seed)
     return result.families
@@ -385,16 +388,6 @@ def _vqa_data(split: str, subtype: str) -> VQAData:
         annotations=f"vqa/v2_mscoco_{subtype}_annotations.json",
         images=f"vqa/{subtype}",
     )
-
-
-def _chances(questions: Sequence[Question], answers: Sequence[str]) -> torch.Tensor:
-    """How often each answer is right, as a fine-tuning counts it."""
-    right = dict.fromkeys(answers, 0.5)
-    for question in questions:
-        for answer, score in soft_scores(question.answers or ()).items():
-            if answer in right:
-                right[answer] += score
-    return torch.tensor(list(right.values())) / (len(questions) + 1)
 
 
 def _fine_tune(

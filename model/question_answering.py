@@ -47,19 +47,24 @@ class GLSCLForVisualQuestionAnswering(GLSCLPreTrainedModel):
         self.vqa_classifier = classifier(width, width, config.num_labels)
         self.post_init()
 
-    def begin_with_prior(self, chances: Tensor) -> None:
-        """Give a new head the biases with which it says ``chances`` [A], in 0..1 exclusive, before it has learnt more.
+    def begin_with_prior(self, right: Tensor, examples: int) -> None:
+        """Give a new head the biases that say how often each answer is right, before it has learnt more.
 
         A loss of A binary terms of which nearly all are 0 is otherwise mostly about how rare answers are: its
         gradients teach nothing else for the first hundreds of steps (Lin et al., "Focal Loss for Dense Object
         Detection", section 3.3, where the same is done).
+
+        Args:
+            right: [A], how right each answer is, summed over the examples.
+            examples: how many there are. One more is counted, for which every answer is half right: an answer
+                that was never right is rare, not impossible.
         """
-        if chances.shape != (self.config.num_labels,):
-            raise ValueError(f"chances of shape {tuple(chances.shape)} for {self.config.num_labels} answers")
+        if right.shape != (self.config.num_labels,):
+            raise ValueError(f"sums of shape {tuple(right.shape)} for {self.config.num_labels} answers")
         output = self.vqa_classifier[3]
         assert isinstance(output, nn.Linear)
         with torch.no_grad():
-            output.bias.copy_(torch.logit(chances))
+            output.bias.copy_(torch.logit((right + 0.5) / (examples + 1)))
 
     @can_return_tuple
     def forward(

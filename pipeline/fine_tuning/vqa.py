@@ -39,7 +39,7 @@ def open_training(task: VQATask, material: Material) -> VQATraining:
         answers = read_answers(material.storage, task.answer2id, "answer2id")
     else:
         answers = frequent_answers((question for split in splits for question in split), task.answers)
-    table = ExampleTable(_examples(splits, answers))
+    table = ExampleTable(question_examples(splits, answers))
     if not len(table):
         raise UserError(f"evaluation task {task.name!r}: no answer of 'train' is in the vocabulary")
     asked = sum(map(len, splits))
@@ -47,7 +47,8 @@ def open_training(task: VQATask, material: Material) -> VQATraining:
     return VQATraining(table, answers, material.storage)
 
 
-def _examples(splits: Sequence[Sequence[Question]], answers: Sequence[str]) -> Iterator[Example]:
+def question_examples(splits: Sequence[Sequence[Question]], answers: Sequence[str]) -> Iterator[Example]:
+    """The questions that an answer of the vocabulary is right for, with how right each is."""
     numbers = {answer: number for number, answer in enumerate(answers)}
     for place, questions in enumerate(splits):
         for question in questions:
@@ -80,9 +81,7 @@ class VQATraining:
             output_loading_info=True,
         )
         if "vqa_classifier.3.bias" in loaded["missing_keys"]:
-            # As if half an example more had been asked for: an answer that is right for none is rare, not impossible.
-            right = torch.from_numpy(self.data.scores(self.labels))
-            model.begin_with_prior((right + 0.5) / (len(self.data) + 1))
+            model.begin_with_prior(torch.from_numpy(self.data.scores(self.labels)), len(self.data))
         return model
 
     def dataset(self, stage: Stage, seed: int) -> ExampleDataset:

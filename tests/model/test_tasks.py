@@ -175,15 +175,16 @@ def test_parameters_of_the_heads_have_the_released_names() -> None:
 
 def test_a_new_answer_head_says_at_first_how_often_each_answer_is_right() -> None:
     model = small_model_of(GLSCLForVisualQuestionAnswering, _config())
-    chances = torch.tensor([0.5, 0.25, 0.1, 0.01, 0.001], dtype=torch.float64)
-    model.begin_with_prior(chances)
+    right = torch.tensor([50.0, 24.5, 9.3, 0.5, 0.0], dtype=torch.float64)
+    model.begin_with_prior(right, examples=99)
     arguments = arguments_of(GLSCLForVisualQuestionAnswering, _config())
     with torch.no_grad():
         model.vqa_classifier[3].weight.zero_()
         logits = model(**arguments).logits
-    torch.testing.assert_close(logits.double().sigmoid(), chances.expand(len(logits), 5), rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match=r"chances of shape \(4,\) for 5 answers"):
-        model.begin_with_prior(chances[:4])
+    wanted = torch.tensor([0.505, 0.25, 0.098, 0.01, 0.005]).double().expand(len(logits), 5)
+    torch.testing.assert_close(logits.double().sigmoid(), wanted, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"sums of shape \(4,\) for 5 answers"):
+        model.begin_with_prior(right[:4], examples=99)
 
 
 @pytest.mark.parametrize("frames", [1, 2])
