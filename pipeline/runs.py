@@ -219,13 +219,17 @@ def load_run_job(address: str, overrides: Sequence[str] = ()) -> JobConfig:
 def read_record(storage: Storage) -> dict[str, Any] | None:
     """The record of a run's folder, or None where no run has begun."""
     try:
-        record: dict[str, Any] = storage.read_json(RECORD)
+        record = storage.read_json(RECORD)
     except FileNotFoundError:
         return None
     except UserError:
         raise  # a ValueError too: the storage refuses
     except ValueError as error:
         raise UserError(f"{error}: the run's record is damaged; give the job another name") from None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{storage.url_of(RECORD)} is not a JSON object: the run's record is damaged; give the job another name"
+        )
     return record
 
 

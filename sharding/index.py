@@ -105,9 +105,9 @@ def read_index(data: bytes) -> pa.Table:
     """
     try:
         table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowException as error:
+        missing = [name for name in INDEX_SCHEMA.names if name not in table.column_names]
+    except (pa.ArrowException, OSError, ValueError) as error:  # damaged pages, and names that are not UTF-8
         raise ValueError(f"the index is not Parquet: {error}") from None
-    missing = [name for name in INDEX_SCHEMA.names if name not in table.column_names]
     if missing:
         raise ValueError(f"the index has no column {', '.join(missing)}")
     # Later versions may add columns (scores): those this version does not know are left out.

@@ -21,9 +21,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.errors import UserError
 
@@ -43,6 +43,16 @@ def canonical_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _below_the_dataset(path: str) -> str:
+    """A manifest may come from anywhere: no path in it leads out of its folder."""
+    if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("must be a path below the dataset's folder")
+    return path
+
+
+PathInDataset = Annotated[str, AfterValidator(_below_the_dataset)]
+
+
 class ShardRecord(BaseModel):
     """One shard: ``NAME.tar`` with ``samples`` samples, and its index. Sizes in bytes.
 
@@ -53,7 +63,7 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: PathInDataset
     samples: int = Field(gt=0)
     bytes: int = Field(gt=0)
     sha256: str
@@ -109,7 +119,7 @@ class DroppedRows(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
+    path: PathInDataset
     bytes: int = Field(gt=0)
     sha256: str
     samples: int = Field(gt=0)

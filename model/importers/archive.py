@@ -9,6 +9,7 @@ need not be installed.
 from __future__ import annotations
 
 import pickletools
+import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+#: What ``zipfile`` raises over damaged bytes: offsets out of the file, unknown methods, sizes that are not there.
+DAMAGED_ZIP = (
+    *(BadZipFile, OSError, RuntimeError, EOFError, ValueError, KeyError, OverflowError),
+    *(zlib.error, struct.error),
+)
 #: Opcodes that push their own argument.
 _PLAIN_VALUES = frozenset(
     {
@@ -104,11 +110,13 @@ class TorchArchive:
     def _bytes(self, name: str) -> bytes:
         try:
             # So that what is read is never larger than the file, whatever the file says.
-            if self._zip.getinfo(name).compress_type != ZIP_STORED:
-                raise WeightImportError(f"{self._path}: {name} is compressed, as torch never leaves it")
-            return self._zip.read(name)
-        except (BadZipFile, KeyError, RuntimeError, zlib.error) as error:
+            stored = self._zip.getinfo(name).compress_type == ZIP_STORED
+            data = self._zip.read(name) if stored else b""
+        except DAMAGED_ZIP as error:
             raise WeightImportError(f"{self._path} is damaged at {name}: {error}") from error
+        if not stored:
+            raise WeightImportError(f"{self._path}: {name} is compressed, as torch never leaves it")
+        return data
 
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The tensor's values, from the archive's bytes.

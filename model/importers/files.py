@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.importers.archive import StoredTensor, Thing, TorchArchive, script_tensors
+from model.importers.archive import DAMAGED_ZIP, StoredTensor, Thing, TorchArchive, script_tensors
 from model.importers.errors import WeightImportError
 
 _IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -27,6 +28,11 @@ _IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_mod
 _SECTIONS = ("state_dict", "model")
 #: First bytes of torch's format before 1.6.
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+#: What torch's unpickler of the old format trips over in damaged bytes, beside its own ``UnpicklingError``.
+_DAMAGED = (
+    *(pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, OverflowError, ImportError, struct.error),
+)
 _CONVERT = "load it where you trust it and save its state_dict() with safetensors.torch.save_file"
 
 
@@ -102,7 +108,7 @@ def _read_shards(index: Path) -> Weights:
 def _read_archive(path: Path) -> Weights:
     try:
         opened = ZipFile(path)
-    except BadZipFile as error:
+    except DAMAGED_ZIP as error:
         raise WeightImportError(f"{path} is damaged: {error}") from error
     with opened:
         archive = TorchArchive(opened, path)
@@ -123,7 +129,7 @@ def _read_archive(path: Path) -> Weights:
 def _read_old_torch(path: Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGED as error:
         reason = str(error).partition("\n")[0]
         raise WeightImportError(
             f"{path} is damaged or holds more than weights ({reason}): {_CONVERT}"
