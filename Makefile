@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test chaos lint types
+.PHONY: demo test chaos fuzz lint types
 
 demo: $(STAMP)
 	$(BIN)/glscl demo
@@ -19,6 +19,11 @@ SEED ?= 0
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos --chaos-rounds $(ROUNDS) --chaos-seed $(SEED) \
 		--chaos-table chaos.md $(PYTEST_ARGS)
+
+# The long form of the fuzz tests: other inputs each round, MINUTES in all. What fails is kept in tests/fuzz/found.
+MINUTES ?= 60
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -rA --fuzz-minutes $(MINUTES) --fuzz-seed $(SEED) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,4 +8,5 @@ pytest_plugins = [
     "tests.fixtures.jobs",
     "tests.fixtures.web",
     "tests.fixtures.chaos",
+    "tests.fixtures.fuzz",
 ]
