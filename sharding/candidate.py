@@ -18,7 +18,7 @@ from sharding.filters.build import build_filters
 from sharding.guard import Guard, Job, Part, shared_guard
 from sharding.media.info import Encoded, MediaInfo
 from sharding.sources.base import Input
-from sharding.sources.fetch import Fetched, public_address
+from sharding.sources.fetch import Fetched
 from sharding.sources.folder import parse_sidecar
 
 # Inputs at the decoding process at once: enough that it never waits for this one, few enough to hold in memory with
@@ -143,8 +143,7 @@ class Examiner:
             return fault
         job = self._guard.submit(fetched.media, self._header_passes if self._asks_headers else None)
         digest = hashlib.sha256(fetched.media).hexdigest()
-        source = public_address(fetched.input.address)
-        return _Pending(job, captions, dropped, digest, source, len(fetched.media))
+        return _Pending(job, captions, dropped, digest, fetched.input.address, len(fetched.media))
 
     def _header_passes(self, facts: dict[str, Any]) -> None:
         self._filters.check_header(MediaInfo.of(facts))
@@ -183,8 +182,7 @@ class Examiner:
     def _captions(self, fetched: Fetched) -> tuple[list[str], dict[str, int]]:
         texts, not_text = fetched.input.captions, fetched.input.not_text
         if fetched.sidecar is not None and fetched.input.sidecar is not None:
-            suffix = fetched.input.sidecar[fetched.input.sidecar.rindex(".") :]
-            texts, not_text = parse_sidecar(fetched.sidecar, suffix)
+            texts, not_text = parse_sidecar(fetched.sidecar, fetched.input.sidecar.path)
         dropped = Counter({"caption-not-text": not_text} if not_text else {})
         kept: list[str] = []
         captions = [" ".join(text.split()) for text in texts]

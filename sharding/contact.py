@@ -209,7 +209,7 @@ def _first_caption(fetched: Fetched) -> str:
     texts, sidecar = fetched.input.captions, fetched.input.sidecar
     if fetched.sidecar is not None and sidecar is not None:
         try:
-            texts, _ = parse_sidecar(fetched.sidecar, sidecar[sidecar.rindex(".") :])
+            texts, _ = parse_sidecar(fetched.sidecar, sidecar.path)
         except BadData:
             return ""
     return " ".join(texts[0].split()) if texts else ""

@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.config import PrepareConfig
 from sharding.errors import UserError
 from sharding.sources import Input, Source
+from sharding.sources.addresses import pack, unpack
 from sharding.storage import Storage
 
 PLAN_PATH = "plan.json"
+_ADDRESSES = ("media", "sidecar")
 
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+# As ``sharding.sources.addresses.pack`` writes it. Few origins and buckets, many names.
+_ADDRESS = pa.struct([("origin", pa.string()), ("name", pa.string()), ("bucket", pa.string())])
 _INPUT_SCHEMA = pa.schema(
     [
         pa.field("address", pa.string(), nullable=False),
         pa.field("captions", pa.list_(pa.string()), nullable=False),
-        pa.field("sidecar", pa.string()),
+        pa.field("media", _ADDRESS),
+        pa.field("sidecar", _ADDRESS),
         pa.field("not_text", pa.int32(), nullable=False),
         pa.field("problem", pa.string()),
-        pa.field("container", pa.string()),
+        pa.field("reason", pa.string()),
         pa.field("offset", pa.int64()),
         pa.field("size", pa.int64()),
         pa.field("row", pa.int64()),
@@ -42,13 +46,19 @@ _INPUT_SCHEMA = pa.schema(
 
 
 class Survey(BaseModel):
-    """What a listing found: the url that addresses are relative to, how many inputs, and their digest."""
+    """What a listing found: the url that addresses are relative to, how many inputs, and their digest.
+
+    ``sidecars``: files that hold captions of inputs. ``skipped``: files that are neither, by reason
+    (``sharding.names``). The digest is of the inputs alone, so that a ``.DS_Store`` more makes no other dataset.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     inputs: int
     digest: str
+    sidecars: int = 0
+    skipped: dict[str, int] = Field(default_factory=dict)
 
 
 class Plan(BaseModel):
@@ -71,7 +81,14 @@ def survey(source: Source, seen: Callable[[int], None]) -> Survey:
     for count, _ in enumerate(source.inputs(hasher), start=1):
         if count % 1000 == 0:
             seen(count)
-    return Survey(url=source.base, inputs=count, digest=hasher.hexdigest())
+    skipped = source.skipped
+    return Survey(
+        url=source.base,
+        inputs=count,
+        digest=hasher.hexdigest(),
+        sidecars=skipped.sidecars,
+        skipped=skipped.counts(),
+    )
 
 
 def inputs_path(task: int) -> str:
@@ -95,9 +112,12 @@ def make_plan(source: Source, found: Survey, config: PrepareConfig, dataset: Sto
         tasks=tasks,
     )
     if dataset.exists(PLAN_PATH):
-        if _read_plan(dataset) != plan:
+        there = _read_plan(dataset)
+        if there.model_copy(update={"source": _identity(there.source)}) != plan.model_copy(
+            update={"source": _identity(plan.source)}
+        ):
             raise UserError(f"{dataset.url_of(PLAN_PATH)} is the plan of another dataset: remove its folder")
-        return plan
+        return there
     hasher = hashlib.sha256()
     listing = source.inputs(hasher)
     for task in range(tasks):
@@ -106,6 +126,11 @@ def make_plan(source: Source, found: Survey, config: PrepareConfig, dataset: Sto
         raise UserError(f"{found.url} changed while it was being listed: try again when it is complete")
     dataset.write_json(PLAN_PATH, plan.model_dump(mode="json"))
     return plan
+
+
+def _identity(found: Survey) -> Survey:
+    """Without what a listing passed over: that may be other files when it is listed again."""
+    return found.model_copy(update={"sidecars": 0, "skipped": {}})
 
 
 def _read_plan(dataset: Storage) -> Plan:
@@ -117,10 +142,17 @@ def _read_plan(dataset: Storage) -> Plan:
 
 
 def _write_inputs(inputs: list[Input], dataset: Storage, task: int) -> None:
-    table = pa.Table.from_pylist([asdict(item) for item in inputs], schema=_INPUT_SCHEMA)
+    table = pa.Table.from_pylist([_row(item) for item in inputs], schema=_INPUT_SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     dataset.write_bytes(inputs_path(task), sink.getvalue().to_pybytes())
+
+
+def _row(item: Input) -> dict[str, Any]:
+    row = dict(vars(item))
+    for name in _ADDRESSES:
+        row[name] = None if row[name] is None else pack(row[name])
+    return row
 
 
 def read_inputs(dataset: Storage, task: int) -> Iterator[Input]:
@@ -128,4 +160,6 @@ def read_inputs(dataset: Storage, task: int) -> Iterator[Input]:
     table = pq.read_table(pa.BufferReader(dataset.read_bytes(inputs_path(task))))
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
-            yield Input(**row)
+            yield Input(
+                **{**row, **{name: unpack(row[name]) for name in _ADDRESSES if row[name] is not None}}
+            )

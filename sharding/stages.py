@@ -42,7 +42,6 @@ from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Plan, read_inputs
 from sharding.scoring import ScorerFactory, Scoring
 from sharding.sources import open_fetcher
-from sharding.sources.fetch import public_address
 from sharding.storage import Storage
 from sharding.writer import ShardWriter, copy_without, publish, send_index
 
@@ -197,9 +196,8 @@ def _write_candidates(
         for row, (source, examined) in enumerate(examiner.examine_all(fetched)):
             inputs += 1
             for fault in [examined] if isinstance(examined, BadData) else examined.faults:
-                address = public_address(source.address)
-                count(address, fault)
-                pictures.drop(row, address, fault)
+                count(source.address, fault)
+                pictures.drop(row, source.address, fault)
             if not isinstance(examined, BadData):
                 yield from ((row, candidate) for candidate in examined.candidates)
 

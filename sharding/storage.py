@@ -10,6 +10,7 @@ What every other module may rely on, on both kinds:
   (bucket, credentials, endpoint); ``StorageFault`` when retries are used up; ``BadData`` when bytes are not
   those expected.
 * Credentials appear in no url, repr, log or error.
+* A path that the store listed (``ExactPath``) is that of its file, whatever its name is.
 
 A ``Storage`` holds configuration only; the S3 client is made on first use in each process, so that it may be
 pickled to Ray tasks and loader processes (s3fs must not be used across a fork), and used from many threads.
@@ -27,7 +28,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -43,8 +44,18 @@ _BLOCK = 8 << 20
 _BLOCKS_AT_ONCE = 3  # of one download: hides the latency of each
 
 
+class ExactPath(str):
+    """A path that is taken as it is, because the store itself gave it, or a job file.
+
+    Keys of S3 are any text: ``a//b``, ``/a``, ``../a`` and ``./a`` are keys like others. All other paths are written
+    by people and programs, who mean a path when they write these: they are cleaned, and may not lead out.
+    """
+
+    __slots__ = ()
+
+
 class StoredFile(NamedTuple):
-    """A file in a storage: ``path`` relative to the Storage, ``size`` in bytes."""
+    """A file in a storage: ``path`` relative to the Storage (an ``ExactPath``), ``size`` in bytes."""
 
     path: str
     size: int
@@ -86,7 +97,7 @@ class StorageConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def _normalise_url(cls, url: str) -> str:
-        return normalise_url(url)
+        return _storage_url(url)
 
     @field_validator("endpoint_url")
     @classmethod
@@ -112,7 +123,12 @@ class StorageConfig(BaseModel):
 
 
 class Backend(Protocol):
-    """What one kind of storage implements. Paths are clean and relative; ``""`` is the root."""
+    """What one kind of storage implements. Paths are relative; ``""`` is the root.
+
+    ``exact_paths``: whether any text is a path, so that a listed one need not be clean.
+    """
+
+    exact_paths: ClassVar[bool]
 
     def url_of(self, path: str) -> str: ...
     def at(self, path: str) -> Backend: ...
@@ -162,11 +178,11 @@ class Storage:
 
     def url_of(self, path: str) -> str:
         """The full url of ``path``, for people and for records."""
-        return self._backend.url_of(_clean(path))
+        return self._backend.url_of(self._path(path))
 
     def local_path(self, path: str) -> Path | None:
         """The path on this machine, on ``file://``; None elsewhere."""
-        return self._backend.local_path(_clean(path))
+        return self._backend.local_path(self._path(path))
 
     def check(self, *, write: bool) -> None:
         """Try whether the storage can be read, and with ``write`` also written (the folder is then made).
@@ -180,14 +196,14 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Whether ``path`` is a file (a folder is none)."""
         try:
-            self._backend.state(_clean(path))
+            self._backend.state(self._path(path))
         except FileNotFoundError:
             return False
         return True
 
     def size(self, path: str) -> int:
         """Size in bytes. FileNotFoundError (with the full url) when there is no such file."""
-        return self._backend.state(_clean(path)).size
+        return self._backend.state(self._path(path)).size
 
     def list(self, prefix: str = "") -> Iterator[StoredFile]:
         """All files in the folder ``prefix`` and below, sorted by path (code points); none if there is no
@@ -196,13 +212,13 @@ class Storage:
         Streams: holds one folder (file://) or one page (s3://) at a time.
         """
         for path, size in self._backend.iterate(_clean(prefix)):
-            yield StoredFile(path, size)
+            yield StoredFile(ExactPath(path), size)
 
     def read_bytes(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """The ``length`` bytes from ``offset`` (to the end by default); fewer where the file ends before."""
         if offset < 0 or (length is not None and length < 0):
             raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
-        return self._backend.read(_clean(path), offset, length, None)
+        return self._backend.read(self._path(path), offset, length, None)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write or replace a file, whole or not at all."""
@@ -237,7 +253,7 @@ class Storage:
             FileNotFoundError, StorageFault, OSError: missing; unreachable; not writable or disk full (names
                 the path).
         """
-        path = _clean(path)
+        path = self._path(path)
         url = self._backend.url_of(path)
         for last in (False, True):
             state = self._backend.state(path)
@@ -312,8 +328,12 @@ class Storage:
 
     def open(self, path: str) -> BinaryIO:
         """A seekable binary file over range reads; a file replaced while it is read raises StorageFault."""
-        path = _clean(path)
+        path = self._path(path)
         return io.BufferedReader(_RangeFile(self._backend, path, self._backend.state(path)), _BLOCK)
+
+    def _path(self, path: str) -> str:
+        exact = isinstance(path, ExactPath) and self._backend.exact_paths
+        return path if exact else _clean(path)
 
     def delete(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, or with ``recursive`` a folder and all below it. What is not there is no error.
@@ -363,12 +383,13 @@ def open_storage(url_or_config: str | Path | StorageConfig) -> Storage:
     """A Storage from a url, a folder path or a StorageConfig. UserError when the url is none of these."""
     if isinstance(url_or_config, StorageConfig):
         return Storage(url_or_config)
-    return Storage(StorageConfig(url=normalise_url(str(url_or_config))))
+    return Storage(StorageConfig(url=_storage_url(str(url_or_config))))
 
 
 def normalise_url(url: str) -> str:
-    """``file:///absolute/path`` or ``s3://bucket/prefix``, without trailing slash. UserError for anything
-    else.
+    """``file:///absolute/path`` or ``s3://bucket/prefix``, without trailing slashes. UserError for anything else.
+
+    A prefix of S3 stays as it is otherwise: ``a//b`` and ``a/b`` are two.
     """
     if not url.strip() or "\0" in url:
         raise UserError("the storage url is empty: give a folder, file:///folder or s3://bucket/prefix")
@@ -379,7 +400,7 @@ def normalise_url(url: str) -> str:
         host, _, path = rest.partition("/")
         if host not in ("", "localhost"):
             raise UserError(f"{url}: a file url has three slashes before its absolute path (file:///folder)")
-        return Path(os.path.abspath("/" + unquote(path))).as_uri()
+        return Path(os.path.abspath("/" + unquote(path, errors="surrogateescape"))).as_uri()
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         if "@" in bucket or ":" in bucket:
@@ -389,14 +410,24 @@ def normalise_url(url: str) -> str:
             )
         if not bucket:
             raise UserError(f"{url}: names no bucket (s3://bucket/prefix)")
-        return f"s3://{bucket}/{_clean(prefix)}".rstrip("/")
+        return f"s3://{bucket}/{prefix}".rstrip("/")
     raise UserError(f"cannot open {scheme}:// storage: use a folder, file:///folder or s3://bucket/prefix")
+
+
+def _storage_url(url: str) -> str:
+    """``normalise_url``, of a storage that is written to: its prefix is a path without empty, . and .. parts."""
+    url = normalise_url(url)
+    if url.startswith("s3://"):
+        prefix = url.removeprefix("s3://").partition("/")[2]
+        if prefix and _clean(prefix) != prefix:
+            raise UserError(f"{url}: the prefix has an empty part or '.' between its slashes: leave it out")
+    return url
 
 
 def _make_backend(config: StorageConfig) -> Backend:
     scheme, _, rest = config.url.partition("://")
     if scheme == "file":
-        return FileBackend(Path(unquote(rest)))
+        return FileBackend(Path(unquote(rest, errors="surrogateescape")))
     from sharding.storage_s3 import S3Backend  # slow to import, and not needed for folders
 
     bucket, _, prefix = rest.partition("/")

@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sharding.errors import StorageFault, UserError
 
@@ -91,6 +91,8 @@ def _sync_folder(folder: Path) -> None:
 
 class FileBackend:
     """A folder. See ``sharding.storage.Backend``."""
+
+    exact_paths: ClassVar[bool] = False  # a listing gives clean ones, and no name may lead out
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import aiohttp
 import botocore.exceptions as aws
@@ -159,11 +159,14 @@ def _understand(error: BaseException) -> _Failure:
 class S3Backend:
     """A prefix in a bucket. See ``sharding.storage.Backend``."""
 
+    exact_paths: ClassVar[bool] = True
+
     def __init__(self, config: StorageConfig, bucket: str, prefix: str) -> None:
         self._config, self._bucket, self._prefix = config, bucket, prefix
 
     def url_of(self, path: str) -> str:
-        return f"s3://{self._bucket}/{self._key(path)}".rstrip("/")
+        key = self._key(path)
+        return f"s3://{self._bucket}/{key}" if key else f"s3://{self._bucket}"
 
     def at(self, path: str) -> S3Backend:
         return S3Backend(self._config, self._bucket, self._key(path))
@@ -201,7 +204,7 @@ class S3Backend:
             yield from self._walk(folder, skip)
             return
         for key, size in sorted((entry["Key"], int(entry["Size"])) for entry in page.get("Contents", [])):
-            if not key.endswith("/"):  # else the marker of an empty folder, as consoles make
+            if _is_file(key, size, folder):
                 yield key[skip:], size
 
     def _walk(self, folder: str, skip: int) -> Iterator[tuple[str, int]]:
@@ -227,7 +230,7 @@ class S3Backend:
                 key, size = heapq.heappop(waiting)
                 if size < 0:
                     yield from self._walk(key, skip)
-                elif not key.endswith("/"):
+                elif _is_file(key, size, folder):
                     yield key[skip:], size
 
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:
@@ -452,6 +455,11 @@ class S3Backend:
             if value := os.environ.get(name):
                 text = text.replace(value, "***")
         return " ".join(text.replace(" (reached max retries: 0)", "").split())
+
+
+def _is_file(key: str, size: int, folder: str) -> bool:
+    """Whether an object is more than the marker of a folder, as consoles make them."""
+    return key != folder and (size > 0 or not key.endswith("/"))
 
 
 async def _fetch(

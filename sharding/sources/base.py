@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 from urllib.parse import unquote
 
+from sharding.names import Skipped
+from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, WebUrl, shown
+from sharding.storage import ExactPath
+
 _json = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is called for every row of a corpus
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
@@ -27,14 +31,15 @@ class Input:
     """One sample as the source lists it; nothing of its media has been read yet.
 
     Args:
-        address: of the media: a path relative to the source's base, an absolute path, or a url. Of media in a
-            container: what records call it.
+        address: what records and people call it: one line, without secrets. Nothing is opened by it.
         captions: texts known from the listing (a table's).
-        sidecar: path, relative to the base, of the file that holds the captions (a folder's).
+        media: where the media lie: a file of their own, or the tar that holds them. None where there is nothing to
+            open by an address: the input has a ``problem``, a ``row``, or is made.
+        sidecar: the file that holds the captions (a folder's).
         not_text: how many captions were given that are no text.
         problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
-        container: the file that holds the media, as addresses are written (a tar).
-        offset: of the media in its container, in bytes.
+        reason: of the problem, in words.
+        offset: of the media in the tar, in bytes; None where the file is the media.
         size: of the media in bytes, where the listing knows it; another size later is a fault.
         row: the number of the row that holds the media (Hugging Face).
         texts: the members of the container that hold the captions.
@@ -42,14 +47,20 @@ class Input:
 
     address: str
     captions: list[str] = field(default_factory=list)
-    sidecar: str | None = None
+    media: Address | None = None
+    sidecar: BelowBase | None = None
     not_text: int = 0
     problem: str | None = None
-    container: str | None = None
+    reason: str | None = None
     offset: int | None = None
     size: int | None = None
     row: int | None = None
     texts: list[Member] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, media: Address, **fields: Any) -> Input:
+        """The input whose media are a file of their own."""
+        return cls(address=shown(media), media=media, **fields)
 
 
 class Hasher(Protocol):
@@ -63,7 +74,11 @@ class Source(Protocol):
 
     @property
     def base(self) -> str:
-        """Url that relative addresses and sidecars are relative to."""
+        """Url that ``BelowBase`` addresses are relative to."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """The files that the last whole listing passed over."""
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """The samples in a fixed order, streamed; ``hasher`` is fed what identifies the listing.
@@ -78,11 +93,28 @@ def feed(hasher: Hasher, *parts: Any) -> None:
     hasher.update(_json(parts).encode() + b"\n")
 
 
+def identity(item: Input) -> str:
+    """What names the input in the digest of its listing: also the parts of a url that are not shown."""
+    match item.media:
+        case None:
+            return item.address
+        case BelowBase(path) | LocalFile(path):
+            return path
+        case WebUrl(url):
+            return url
+        case S3Object(bucket, key):
+            return f"s3://{bucket}/{key}"
+
+
 def folder_and_name(url: str) -> tuple[str, str]:
     """The folder's url and the file's name in it, of a file's normalised url."""
     folder, _, name = url.rpartition("/")
-    # A file:// url is percent-encoded; paths within a storage are not.
-    return folder, unquote(name) if url.startswith("file://") else name
+    if url.startswith("file://"):  # percent-encoded; paths within a storage are not
+        return folder, unquote(name, errors="surrogateescape")
+    whole = folder.rstrip(
+        "/"
+    )  # a folder's url ends without a slash: of several, all but one belong to the name
+    return whole, ExactPath(folder[len(whole) :] + name)
 
 
 def texts_of(value: Any) -> tuple[list[str], int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from sharding.errors import UserError
-from sharding.sources.addresses import is_remote
-from sharding.sources.base import Hasher, Input, feed, folder_and_name, texts_of
+from sharding.errors import BadData, UserError
+from sharding.names import Skipped, escape_name
+from sharding.sources.addresses import Address, below_base, remote_url
+from sharding.sources.base import Hasher, Input, feed, folder_and_name, identity, texts_of
 from sharding.sources.config import CocoSource, KarpathySource
 from sharding.storage import Storage
 
@@ -33,6 +34,7 @@ class CocoListing:
         self._config = config
         self._file = storage.resolve(folder)
         self._base = self._file if config.images is None else storage.resolve(config.images)
+        self.skipped = Skipped()  # nothing is listed
 
     @property
     def base(self) -> str:
@@ -52,14 +54,14 @@ class CocoListing:
             else:
                 strays.append(number)
         for item in self._images(images, captions):
-            feed(hasher, item.address, item.captions, item.not_text, item.problem)
+            feed(hasher, identity(item), item.captions, item.not_text, item.problem)
             yield item
         # What no image took.
         for place in [
             *(f"annotations[{number}]" for number in strays),
             *(f"image {key}" for key in captions),
         ]:
-            stray = Input(address=f"{self._name}:{place}", problem="bad-row")
+            stray = Input(address=f"{escape_name(self._name)}:{place}", problem="bad-row")
             feed(hasher, stray.address, [], 0, stray.problem)
             yield stray
         if not images:
@@ -70,18 +72,15 @@ class CocoListing:
         seen: set[Any] = set()
         for number, image in enumerate(images):
             key = image.get("id") if isinstance(image, dict) else None
-            place = f"{self._name}:images[{number}]"
+            place = f"{escape_name(self._name)}:images[{number}]"
             if not isinstance(key, int | str) or key in seen:
                 yield Input(address=place, problem="bad-row")
                 continue
             seen.add(key)
             texts, not_text = texts_of(captions.pop(key, []))
             address = image.get(field)
-            good = is_remote if self._config.url_field else _is_below
-            if not isinstance(address, str) or texts_of(address)[1] or not good(address.strip()):
-                yield Input(address=place, problem="bad-address")
-            else:
-                yield Input(address=address.strip(), captions=texts, not_text=not_text)
+            made = remote_url if self._config.url_field else below_base
+            yield _named(address, made, place, captions=texts, not_text=not_text)
 
 
 class KarpathyListing:
@@ -92,6 +91,7 @@ class KarpathyListing:
         self._config = config
         self._file = storage.resolve(folder)
         self._base = storage.resolve(config.images)
+        self.skipped = Skipped()  # nothing is listed
 
     @property
     def base(self) -> str:
@@ -111,8 +111,8 @@ class KarpathyListing:
         for number, image in enumerate(images):
             if isinstance(image, dict) and wanted is not None and str(image.get("split")) not in wanted:
                 continue
-            item = _karpathy_input(image, f"{self._name}:images[{number}]")
-            feed(hasher, item.address, item.captions, item.not_text, item.problem)
+            item = _karpathy_input(image, f"{escape_name(self._name)}:images[{number}]")
+            feed(hasher, identity(item), item.captions, item.not_text, item.problem)
             yield item
 
 
@@ -120,16 +120,20 @@ def _karpathy_input(image: Any, place: str) -> Input:
     if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
         return Input(address=place, problem="bad-row")
     path = [image.get("filepath", ""), image.get("filename")]  # Flickr's files have no filepath
-    if texts_of(path)[1] or not path[1].strip() or not _is_below("/".join(filter(None, path))):
-        return Input(address=place, problem="bad-address")
+    name = None if texts_of(path)[1] or not path[1].strip() else "/".join(filter(None, path))
     raw = [item.get("raw") if isinstance(item, dict) else item for item in image["sentences"]]
     texts, not_text = texts_of(raw)
-    return Input(address="/".join(filter(None, path)), captions=texts, not_text=not_text)
+    return _named(name, below_base, place, captions=texts, not_text=not_text)
 
 
-def _is_below(path: str) -> bool:
-    """Whether a name in the file is one below the images' folder, rather than anywhere on this machine."""
-    return bool(path) and not path.startswith("/") and "://" not in path
+def _named(name: Any, made: Callable[[str], Address], place: str, **fields: Any) -> Input:
+    """The input whose media the file names; ``bad-address`` at its place in the file, where it names none."""
+    if not isinstance(name, str) or texts_of(name)[1]:
+        return Input(address=place, problem="bad-address")
+    try:
+        return Input.at(made(name.strip()), **fields)
+    except BadData as fault:
+        return Input(address=place, problem=fault.cause, reason=fault.detail)
 
 
 def read_json(folder: Storage, name: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
-from sharding.errors import BadData, UserError
-from sharding.sources.addresses import WEB, public_address, scheme_of
+from sharding.errors import BadData
+from sharding.names import escape_name
+from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, WebUrl, shown
 from sharding.sources.base import Input, Member
 from sharding.sources.budget import ByteBudget, Lease
 from sharding.sources.config import (
@@ -29,12 +29,12 @@ from sharding.sources.config import (
 from sharding.sources.huggingface import MediaRows
 from sharding.sources.tars import member_captions
 from sharding.sources.web import Downloader
-from sharding.storage import Storage
+from sharding.storage import ExactPath, Storage
 
 if TYPE_CHECKING:
     from sharding.sources.scenes import SceneMedia
 
-__all__ = ["MAX_SIDECAR_BYTES", "Fetched", "Fetcher", "public_address"]
+__all__ = ["MAX_SIDECAR_BYTES", "Fetched", "Fetcher"]
 
 MAX_SIDECAR_BYTES = 1 << 20
 _BLOCK = 1 << 20
@@ -64,7 +64,7 @@ class Fetcher:
 
     Args:
         storage: lends its S3 options.
-        base: relative addresses are below it; others are opened as they are.
+        base: what ``BelowBase`` addresses are below.
         source: as configured; says how rows are opened and what captions in containers mean.
         max_bytes: larger media are bad data.
     """
@@ -115,7 +115,7 @@ class Fetcher:
         lease = lease or ByteBudget(self._max_bytes).lease(0)
         try:
             if item.problem is not None:
-                raise BadData(item.problem, public_address(item.address))
+                raise BadData(item.problem, item.reason or item.address)
             return self._fetch(item, lease)
         except BadData as fault:
             lease.reserve(0)
@@ -135,58 +135,61 @@ class Fetcher:
             media = self._rows.read(item.row, self._max_bytes)
             lease.reserve(len(media))
             return Fetched(item, media=media)
-        if item.container is not None:
-            return self._members(item)
+        assert item.media is not None, "a listing gives media, or says why there are none"
+        if item.offset is not None:
+            return self._members(item, item.media)
         sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
-        if scheme_of(item.address) in WEB:
-            return Fetched(item, media=self._web.download(item.address, lease), sidecar=sidecar)
-        return Fetched(item, media=self._file(item.address, item.size, lease), sidecar=sidecar)
+        if isinstance(item.media, WebUrl):
+            return Fetched(item, media=self._web.download(item.media.url, lease), sidecar=sidecar)
+        return Fetched(item, media=self._file(item.media, item.size, lease), sidecar=sidecar)
 
-    def _sidecar(self, path: str) -> bytes:
+    def _sidecar(self, address: BelowBase) -> bytes:
+        name = shown(address)
         try:
-            with _reading(path):
-                data = self._base.read_bytes(path, 0, MAX_SIDECAR_BYTES + 1)
+            with _reading(name):
+                data = self._base.read_bytes(ExactPath(address.path), 0, MAX_SIDECAR_BYTES + 1)
         except FileNotFoundError:
-            raise BadData("caption-missing", f"no {path} beside the media file") from None
+            raise BadData("caption-missing", f"no {name} beside the media file") from None
         if len(data) > MAX_SIDECAR_BYTES:
-            raise BadData("too-many-bytes", f"{path}: more than {MAX_SIDECAR_BYTES}")
+            raise BadData("too-many-bytes", f"{name}: more than {MAX_SIDECAR_BYTES}")
         return data
 
-    def _file(self, address: str, size: int | None, lease: Lease) -> bytes:
+    def _file(self, address: BelowBase | LocalFile | S3Object, size: int | None, lease: Lease) -> bytes:
         storage, path = self._located(address)
+        name = shown(address)
         try:
-            with _reading(path):
+            with _reading(name):
                 if size is not None:
                     # One byte more would show that the file has grown since it was listed.
                     data = storage.read_bytes(path, 0, size + 1)
                 else:
                     data = self._unsized(storage, path, lease)
         except FileNotFoundError:
-            raise BadData("missing-file", public_address(address)) from None
+            raise BadData("missing-file", name) from None
         if size is not None and len(data) != size:
-            raise BadData("size-mismatch", f"{public_address(address)} had {size} bytes when it was listed")
+            raise BadData("size-mismatch", f"{name} had {size} bytes when it was listed")
         return data
 
-    def _unsized(self, storage: Storage, path: str, lease: Lease) -> bytes:
+    def _unsized(self, storage: Storage, path: ExactPath, lease: Lease) -> bytes:
         """A file of unknown size: most end in the first block, so that they cost one request."""
         lease.reserve(min(_BLOCK, self._max_bytes))
         data = storage.read_bytes(path, 0, min(_BLOCK, self._max_bytes + 1))
         if len(data) == _BLOCK:
             size = storage.size(path)
             if size > self._max_bytes:
-                raise BadData("too-many-bytes", f"{path}: {size}, more than {self._max_bytes}")
+                raise BadData("too-many-bytes", f"{size}, more than {self._max_bytes}")
             lease.reserve(size)
             data += storage.read_bytes(path, _BLOCK, size - _BLOCK)
         if len(data) > self._max_bytes:
-            raise BadData("too-many-bytes", f"{path}: more than {self._max_bytes}")
+            raise BadData("too-many-bytes", f"more than {self._max_bytes}")
         lease.reserve(len(data))
         return data
 
-    def _members(self, item: Input) -> Fetched:
-        assert item.container is not None
+    def _members(self, item: Input, tar: Address) -> Fetched:
+        assert not isinstance(tar, WebUrl), "tars are read from storages"
         assert item.offset is not None
         assert item.size is not None
-        storage, path = self._located(item.container)
+        storage, path = self._located(tar)
         for text in item.texts:
             if text["size"] > MAX_SIDECAR_BYTES:
                 raise BadData("too-many-bytes", f"{text['name']}: more than {MAX_SIDECAR_BYTES}")
@@ -202,7 +205,7 @@ class Fetcher:
             not_text += others
         return Fetched(replace(item, captions=captions, not_text=not_text), media=data[0])
 
-    def _ranges(self, storage: Storage, path: str, members: list[Member]) -> list[bytes]:
+    def _ranges(self, storage: Storage, path: ExactPath, members: list[Member]) -> list[bytes]:
         """The data of members of one tar, with one request for those that lie together."""
         found: dict[int, bytes] = {}
         group: list[Member] = []
@@ -214,27 +217,21 @@ class Fetcher:
         found |= _read_group(storage, path, group)
         return [found[member["offset"]] for member in members]
 
-    def _located(self, address: str) -> tuple[Storage, str]:
-        """The storage and the path in it. One Storage a bucket, so that its connections are shared."""
-        try:
-            if ".." in address.split("/") or "\0" in address:
-                raise UserError(f"the path {address!r} holds '..'")
-            if "://" not in address and not address.startswith("/"):
-                return self._base, address
-            scheme, _, rest = address.rpartition("://") if "://" in address else ("file", "", address)
-            if scheme == "s3":
-                bucket, _, path = rest.partition("/")
-                root = f"s3://{bucket}"
-            elif scheme == "file":
-                path = rest.partition("/")[2]
-                root, path = "file:///", unquote(path) if "://" in address else path
-            else:
-                raise UserError(f"cannot open {scheme}:// addresses: {public_address(address)}")
-            if root not in self._roots:
-                self._roots[root] = self._base.resolve(root)
-            return self._roots[root], path
-        except UserError as error:
-            raise BadData("bad-address", str(error)) from None
+    def _located(self, address: BelowBase | LocalFile | S3Object) -> tuple[Storage, ExactPath]:
+        """The storage and the path in it, by the type of the address alone."""
+        match address:
+            case BelowBase(path):
+                return self._base, ExactPath(path)
+            case LocalFile(path):
+                return self._root("file:///"), ExactPath(path.lstrip("/"))
+            case S3Object(bucket, key):
+                return self._root(f"s3://{bucket}"), ExactPath(key)
+
+    def _root(self, url: str) -> Storage:
+        # One Storage a bucket, so that its connections are shared.
+        if url not in self._roots:
+            self._roots[url] = self._base.resolve(url)
+        return self._roots[url]
 
 
 def _scene_media(source: SourceConfig, storage: Storage) -> SceneMedia | None:
@@ -253,26 +250,27 @@ def _first(waiting: deque[tuple[Future[Fetched], Lease]]) -> Iterator[Fetched]:
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in _UNREADABLE:
-            raise BadData("unreadable-file", f"{path}: {error.strerror}") from None
+            raise BadData("unreadable-file", f"{name}: {error.strerror}") from None
         raise
 
 
-def _read_group(storage: Storage, path: str, group: list[Member]) -> dict[int, bytes]:
+def _read_group(storage: Storage, path: ExactPath, group: list[Member]) -> dict[int, bytes]:
+    name = escape_name(path)
     start = group[0]["offset"]
     end = max(member["offset"] + member["size"] for member in group)
     try:
-        with _reading(path):
+        with _reading(name):
             data = storage.read_bytes(path, start, end - start)
     except FileNotFoundError:
-        raise BadData("missing-file", path) from None
+        raise BadData("missing-file", name) from None
     if len(data) < end - start:
         raise BadData(
-            "size-mismatch", f"{path} ended at byte {start + len(data)}: it had more when it was listed"
+            "size-mismatch", f"{name} ended at byte {start + len(data)}: it had more when it was listed"
         )
     if len(group) == 1:
         return {start: data}

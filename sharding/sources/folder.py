@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from sharding.errors import BadData, UserError
 from sharding.manifest import Modality
+from sharding.names import Skipped
+from sharding.sources.addresses import BelowBase
 from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Hasher, Input, feed, texts_of
 from sharding.sources.config import FolderSource
 from sharding.storage import Storage
@@ -21,6 +23,7 @@ class FolderListing:
         self._suffixes = IMAGE_SUFFIXES if modality == "image" else VIDEO_SUFFIXES
         self._modality = modality
         self._root = storage.resolve(config.path)
+        self.skipped = Skipped()
 
     @property
     def base(self) -> str:
@@ -37,15 +40,15 @@ class FolderListing:
             elif suffix.lower() in self._suffixes:
                 feed(hasher, path, size)
                 found = True
-                yield Input(address=path, sidecar=stem + self._config.captions, size=size)
+                yield Input.at(BelowBase(path), sidecar=BelowBase(stem + self._config.captions), size=size)
         if not found:
             raise UserError(
                 f"empty corpus: no {self._modality} files ({' '.join(self._suffixes)}) below {self._root.url}"
             )
 
 
-def parse_sidecar(data: bytes, suffix: str) -> tuple[list[str], int]:
-    """(captions, how many items are no text) of a sidecar file.
+def parse_sidecar(data: bytes, name: str) -> tuple[list[str], int]:
+    """(captions, how many items are no text) of a sidecar file; its name's suffix says what it is.
 
     Raises:
         BadData: ``caption-not-text``: neither UTF-8 text nor JSON of the expected form.
@@ -54,7 +57,7 @@ def parse_sidecar(data: bytes, suffix: str) -> tuple[list[str], int]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadData("caption-not-text", f"not UTF-8: {error.reason}") from None
-    if suffix == ".txt":
+    if name.lower().endswith(".txt"):
         return [line for line in text.splitlines() if line.strip()], 0
     try:
         value = json.loads(text)

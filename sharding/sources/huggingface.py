@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from sharding.errors import BadData, StorageFault, UserError
-from sharding.sources.addresses import is_remote
+from sharding.names import Skipped
+from sharding.sources.addresses import remote_url
 from sharding.sources.base import Hasher, Input, feed, texts_of
 from sharding.sources.config import HuggingFaceSource
 
@@ -34,6 +35,7 @@ class HuggingFaceListing:
 
     def __init__(self, config: HuggingFaceSource) -> None:
         self._config = config
+        self.skipped = Skipped()  # datasets lists the files
 
     @property
     def base(self) -> str:
@@ -71,9 +73,12 @@ class HuggingFaceListing:
                 return Input(address=place, problem="media-missing")
             return Input(address=place, captions=captions, not_text=not_text, size=size, row=number)
         address = (name or "").strip()
-        if not is_remote(address) or texts_of(address)[1]:
+        if texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
-        return Input(address=address, captions=captions, not_text=not_text)
+        try:
+            return Input.at(remote_url(address), captions=captions, not_text=not_text)
+        except BadData as fault:
+            return Input(address=place, problem=fault.cause, reason=fault.detail)
 
 
 class MediaRows:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from sharding.manifest import Modality
+from sharding.names import Skipped
 from sharding.scenes.captions import texts
 from sharding.scenes.generator import Scenes, encode_clip, encode_png, largest_side
 from sharding.scenes.objects import Objects, open_objects
@@ -26,6 +27,7 @@ class ScenesListing:
 
     def __init__(self, config: ScenesSource, modality: Modality, storage: Storage) -> None:
         self._config, self._modality, self._storage = config, modality, storage
+        self.skipped = Skipped()  # nothing is listed
 
     @property
     def base(self) -> str:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import posixpath
 from collections.abc import Iterator
 from typing import Any
 
-from sharding.errors import UserError
-from sharding.sources.addresses import is_remote
-from sharding.sources.base import Hasher, Input, feed, folder_and_name, texts_of
+from sharding.errors import BadData, UserError
+from sharding.names import Skipped, escape_name
+from sharding.sources.addresses import Address, remote_url, table_address
+from sharding.sources.base import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Hasher,
+    Input,
+    feed,
+    folder_and_name,
+    identity,
+    texts_of,
+)
 from sharding.sources.config import TableSource
 from sharding.storage import Storage
 
@@ -34,6 +43,7 @@ class TableListing:
         if config.path.lower().endswith(_SUFFIXES):
             folder, self._file = folder_and_name(config.path)
         self._root = storage.resolve(folder)
+        self.skipped = Skipped()
         self._needed = [config.media_column, *config.caption_columns, *config.where]
 
     @property
@@ -42,6 +52,7 @@ class TableListing:
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. The rows' addresses and captions identify the listing, not the media's contents."""
+        self.skipped.clear()
         found = False
         for path in self._files():
             for number, row in self._rows(path):
@@ -49,7 +60,7 @@ class TableListing:
                     continue
                 found = True
                 item = self._input(path, number, row)
-                feed(hasher, item.address, item.captions, item.not_text, item.problem)
+                feed(hasher, identity(item), item.captions, item.not_text, item.problem)
                 yield item
         if not found:
             which = " match 'where'" if self._config.where else ""
@@ -66,7 +77,12 @@ class TableListing:
             raise UserError(
                 f"{error} (a table is a {', '.join(_SUFFIXES)} file, or a folder of them)"
             ) from None
-        files = [path for path, _ in self._root.list() if path.lower().endswith(_SUFFIXES)]
+        files = []
+        for path, _ in self.skipped.visible(self._root.list()):
+            if path.lower().endswith(_SUFFIXES):
+                files.append(path)
+            elif not path.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):  # else rows may name it
+                self.skipped.add_file(path)
         if not files:
             raise UserError(f"no tables ({', '.join(_SUFFIXES)}) below {self._root.url}")
         return files
@@ -152,21 +168,27 @@ class TableListing:
         return True
 
     def _input(self, path: str, number: int, row: dict[str, Any] | None) -> Input:
-        place = f"{path}:{number}"
+        place = f"{escape_name(path)}:{number}"
         if row is None:
             return Input(address=place, problem="bad-row")
         address = row.get(self._config.media_column)
         if not isinstance(address, str) or not address.strip() or texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
-        address = address.strip()
-        if self._config.url_column is not None and not is_remote(address):
-            return Input(address=place, problem="bad-address")
-        if "://" not in address and not address.startswith("/"):
-            address = posixpath.join(posixpath.dirname(path), address)
+        try:
+            media = self._address(path, address.strip())
+        except BadData as fault:
+            return Input(address=place, problem=fault.cause, reason=fault.detail)
         captions: list[str] = []
         not_text = 0
         for column in self._config.caption_columns:
             texts, others = texts_of(row.get(column))
             captions += texts
             not_text += others
-        return Input(address=address, captions=captions, not_text=not_text)
+        return Input.at(media, captions=captions, not_text=not_text)
+
+    def _address(self, path: str, name: str) -> Address:
+        if self._config.url_column is not None:
+            return remote_url(name)
+        folder = path[: path.rfind("/") + 1]
+        # The job file points to this machine: a table on it may name other files of this machine.
+        return table_address(name, folder, on_this_machine=self._root.local_path("") is not None)

@@ -24,6 +24,8 @@ from braceexpand import braceexpand
 
 from sharding.errors import UserError
 from sharding.manifest import Modality
+from sharding.names import HIDDEN, Skipped, escape_name, hidden
+from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, shown
 from sharding.sources.base import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -75,6 +77,7 @@ class WebDatasetListing:
         self._modality = modality
         self._tars = [_TarPattern(path, storage) for path in config.paths]
         self._root = self._tars[0].root
+        self.skipped = Skipped()
 
     @property
     def base(self) -> str:
@@ -82,9 +85,10 @@ class WebDatasetListing:
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
+        self.skipped.clear()
         found = False
         for pattern in self._tars:
-            for path in pattern.files():
+            for path in pattern.files(self.skipped):
                 for item in self._tar(pattern.root, path, hasher):
                     found = True
                     yield item
@@ -93,7 +97,8 @@ class WebDatasetListing:
 
     def _tar(self, root: Storage, path: str, hasher: Hasher) -> Iterator[Input]:
         url = root.url_of(path)
-        container = path if root == self._root else url
+        tar = _place(root, path, root == self._root)
+        container = shown(tar) if root == self._root else url
         try:
             size = root.size(path)
         except FileNotFoundError:
@@ -107,7 +112,11 @@ class WebDatasetListing:
                 if number == MOST_MEMBERS:
                     raise UserError(f"{url} has more than {MOST_MEMBERS} members: cut it into smaller tars")
                 parts = _NAME.fullmatch(member.name)
-                if parts is not None:
+                if hidden(member.name):
+                    self.skipped.add(HIDDEN)
+                elif parts is None:
+                    self.skipped.add_file(member.name)
+                else:
                     last = parts[1]
                     groups.setdefault(last, []).extend([member] if member.regular else [])
         except Truncated as error:
@@ -120,15 +129,15 @@ class WebDatasetListing:
         for key, members in groups.items():
             if cut is not None and key == last:
                 continue  # the cut may have taken members of it
-            item = self._input(container, key, members)
+            item = self._input(tar, container, key, members)
             feed(hasher, item.address, item.offset, item.size, item.texts, item.problem)
             yield item
         if cut is not None:
             feed(hasher, "cut", cut.offset)
             yield Input(address=f"{container}: byte {cut.offset}", problem="truncated-tar")
 
-    def _input(self, container: str, key: str, members: list[TarMember]) -> Input:
-        address = f"{container}/{_printable(key)}"
+    def _input(self, tar: Address, container: str, key: str, members: list[TarMember]) -> Input:
+        address = f"{container}/{escape_name(key)}"
         names = [member.name for member in members]
         if len(set(names)) < len(names):
             return Input(address=address, problem="repeated-member")
@@ -140,11 +149,11 @@ class WebDatasetListing:
             key=lambda member: _natural(member.name),
         )
         return Input(
-            address=f"{container}/{_printable(media[0].name)}",
-            container=container,
+            address=f"{container}/{escape_name(media[0].name)}",
+            media=tar,
             offset=media[0].offset,
             size=media[0].size,
-            texts=[Member(name=_printable(text.name), offset=text.offset, size=text.size) for text in texts],
+            texts=[Member(name=escape_name(text.name), offset=text.offset, size=text.size) for text in texts],
         )
 
     def _media(self, key: str, members: list[TarMember]) -> list[TarMember]:
@@ -175,8 +184,8 @@ class _TarPattern:
             self._pattern = braceless(name)
         self.root = storage.resolve(path)
 
-    def files(self) -> Iterator[str]:
-        """Paths below ``root``, streamed."""
+    def files(self, skipped: Skipped) -> Iterator[str]:
+        """Paths below ``root``, streamed; ``skipped`` counts the files of a folder that are no tars."""
         if self._pattern:
             try:
                 yield from braceexpand(self._pattern)
@@ -185,7 +194,7 @@ class _TarPattern:
             return
         self.root.check(write=False)
         found = False
-        for path, _ in self.root.list():
+        for path, _ in skipped.visible(self.root.list()):
             if path.lower().endswith(".tar"):
                 found = True
                 yield path
@@ -193,6 +202,8 @@ class _TarPattern:
                 raise UserError(
                     f"{self.root.url_of(path)} is compressed: members are read by range, unpack it"
                 )
+            else:
+                skipped.add_file(path)
         if not found:
             raise UserError(f"no .tar files below {self.root.url}")
 
@@ -226,7 +237,8 @@ def walk_tar(storage: Storage, path: str, size: int) -> Iterator[TarMember]:
             tar.members = []  # type: ignore[attr-defined]
             if member.offset_data + member.size > size:
                 raise Truncated(
-                    member.offset, f"{_printable(member.name)} needs {member.offset_data + member.size} bytes"
+                    member.offset,
+                    f"{escape_name(member.name)} needs {member.offset_data + member.size} bytes",
                 )
             if not member.isdir():
                 regular = member.isreg() and not member.issparse()
@@ -322,6 +334,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _printable(name: str) -> str:
-    # tarfile gives bytes that are no UTF-8 as half surrogates, which no record can hold.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _place(root: Storage, path: str, is_base: bool) -> Address:
+    """Where a tar lies. The job file may name tars of several places; the first one's is the base."""
+    if is_base:
+        return BelowBase(path)
+    local = root.local_path(path)
+    if local is not None:
+        return LocalFile(str(local))
+    bucket, _, key = root.url_of(path).removeprefix("s3://").partition("/")
+    return S3Object(bucket, key)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.names import NOT_LISTED, Skipped, escape_name
+from sharding.sources.addresses import BelowBase, below_base
 from sharding.sources.base import VIDEO_SUFFIXES, Hasher, Input, feed, folder_and_name, texts_of
 from sharding.sources.caption_files import list_in, read_json
 from sharding.sources.config import LsmdcSource, MsrVttSource
@@ -26,8 +28,8 @@ _LSMDC_COLUMNS = 6  # clip, four times, sentence
 _LONGEST_LINE = 1 << 20
 
 
-# Path below the videos' folder, and bytes where they are known.
-_Place = tuple[str, int | None]
+# Where a clip's file lies, and its bytes where they are known.
+_Place = tuple[BelowBase, int | None]
 
 
 @dataclass
@@ -53,6 +55,7 @@ class MsrVttListing:
         folder, self._name = folder_and_name(config.path)
         self._file = storage.resolve(folder)
         self._storage, self._videos = storage, storage.resolve(config.videos)
+        self.skipped = Skipped()  # nothing is listed
 
     @property
     def base(self) -> str:
@@ -64,7 +67,7 @@ class MsrVttListing:
         if self._config.annotations is not None:
             annotated = self._annotated(self._config.annotations)
             rows.sentences = {clip: annotated.get(clip, []) for clip in rows.sentences}
-        addresses: dict[str, _Place] = {clip: (f"{clip}.mp4", None) for clip in rows.sentences}
+        addresses: dict[str, _Place] = {clip: (below_base(f"{clip}.mp4"), None) for clip in rows.sentences}
         yield from _listed(rows, addresses, self._name, self._file.url_of(self._name), hasher)
 
     def _rows(self) -> _Rows:
@@ -114,6 +117,7 @@ class LsmdcListing:
         folder, self._name = folder_and_name(config.path)
         self._file = storage.resolve(folder)
         self._videos = storage.resolve(config.videos)
+        self.skipped = Skipped()
 
     @property
     def base(self) -> str:
@@ -124,7 +128,10 @@ class LsmdcListing:
         rows = self._rows()
         self._videos.check(write=False)
         files = self._files(rows.sentences)
-        addresses = {clip: files.get(clip, (f"{_film(clip)}/{clip}.avi", None)) for clip in rows.sentences}
+        addresses = {
+            clip: files.get(clip) or (below_base(f"{_film(clip)}/{clip}.avi"), None)
+            for clip in rows.sentences
+        }
         yield from _listed(rows, addresses, self._name, self._file.url_of(self._name), hasher)
 
     def _rows(self) -> _Rows:
@@ -149,15 +156,19 @@ class LsmdcListing:
     def _files(self, clips: dict[str, list[Any]]) -> dict[str, _Place]:
         """Path below ``videos`` and size of each clip's file."""
         found: dict[str, _Place] = {}
-        for path, size in self._videos.list():
+        self.skipped.clear()
+        for path, size in self.skipped.visible(self._videos.list()):
             clip, suffix = posixpath.splitext(posixpath.basename(path))
-            if suffix.lower() not in VIDEO_SUFFIXES or clip not in clips:
-                continue
-            if clip in found:
+            if suffix.lower() not in VIDEO_SUFFIXES:
+                self.skipped.add_file(path)
+            elif clip not in clips:
+                self.skipped.add(NOT_LISTED)
+            elif clip in found:
                 raise UserError(
-                    f"{self._videos.url} has two files of clip {clip}: {found[clip][0]} and {path}"
+                    f"{self._videos.url} has two files of clip {clip}: {found[clip][0].path} and {path}"
                 )
-            found[clip] = path, size
+            else:
+                found[clip] = BelowBase(path), size
         return found
 
 
@@ -174,9 +185,9 @@ def _listed(
     for clip, sentences in rows.sentences.items():
         texts, not_text = texts_of(sentences)
         address, size = addresses[clip]
-        feed(hasher, address, size, texts, not_text)
-        yield Input(address=address, captions=texts, not_text=not_text, size=size)
+        feed(hasher, address.path, size, texts, not_text)
+        yield Input.at(address, captions=texts, not_text=not_text, size=size)
     for line in rows.bad:
-        item = Input(address=f"{name}:{line}", problem="bad-row")
+        item = Input(address=f"{escape_name(name)}:{line}", problem="bad-row")
         feed(hasher, item.address, None, [], 0, item.problem)
         yield item

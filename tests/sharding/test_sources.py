@@ -9,8 +9,10 @@ import pytest
 
 from sharding.config import PrepareConfig
 from sharding.errors import UserError
+from sharding.names import Skipped
 from sharding.plan import make_plan, read_inputs, survey
 from sharding.sources import Input, open_source
+from sharding.sources.addresses import BelowBase, LocalFile, S3Object, WebUrl
 from sharding.sources.folder import parse_sidecar
 from sharding.storage import open_storage
 from tests.sharding.listings import listed as _list
@@ -27,10 +29,10 @@ def test_a_folder_lists_its_media_by_path_with_their_sidecars(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     inputs, _ = _list(_source(tmp_path, kind="folder"))
     assert [item.address for item in inputs] == ["a.JPG", "b.png", "b.x.png", "sub/c.webp"]
-    assert [item.sidecar for item in inputs] == ["a.txt", "b.txt", "b.x.txt", "sub/c.txt"]
+    assert [item.sidecar.path for item in inputs] == ["a.txt", "b.txt", "b.x.txt", "sub/c.txt"]
     clips, _ = _list(_source(tmp_path, kind="folder", modality="video", captions=".json"))
     assert [item.address for item in clips] == ["clip.mp4", "sub/c.webp"]
-    assert clips[0].sidecar == "clip.json"
+    assert clips[0].sidecar == BelowBase("clip.json")
 
 
 def test_the_listing_digest_follows_names_sizes_and_sidecars_but_not_the_place(tmp_path):
@@ -65,9 +67,9 @@ ROWS = [
     {"file": "s3://bucket/c.png", "text": "d", "more": None, "split": "test", "n": 3},
 ]
 EXPECTED = [
-    Input(address="img/a.png", captions=["a", "b", "c"]),
-    Input(address="/abs/b.png", captions=[]),
-    Input(address="s3://bucket/c.png", captions=["d"]),
+    Input.at(BelowBase("img/a.png"), captions=["a", "b", "c"]),
+    Input.at(LocalFile("/abs/b.png"), captions=[]),
+    Input.at(S3Object("bucket", "c.png"), captions=["d"]),
 ]
 
 
@@ -99,8 +101,8 @@ def test_csv_tables_are_read_with_quotes_and_byte_order_mark(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes('\ufefffile,text,n\na.png,"one, two\nthree",1\nb.png\nc.png,x,2,3\nd.png,y,2\n'.encode())
     inputs, _ = _list(_table(path))
-    assert inputs[0] == Input(address="a.png", captions=["one, two\nthree"])
-    assert inputs[1] == Input(address="b.png", captions=[])
+    assert inputs[0] == Input.at(BelowBase("a.png"), captions=["one, two\nthree"])
+    assert inputs[1] == Input.at(BelowBase("b.png"), captions=[])
     assert inputs[2].problem == "bad-row"
     # A row that cannot be read cannot be selected by its columns either: it is counted, not lost.
     assert [item.address for item in _list(_table(path, where={"n": 2}))[0]] == ["t.csv:5", "d.png"]
@@ -251,7 +253,7 @@ def test_webvid_csv_is_a_table_of_urls(tmp_path):
         )
     )
     assert inputs == [
-        Input(address="https://host/1066674784-preview.mp4", captions=["Travel, blogger shoot"])
+        Input.at(WebUrl("https://host/1066674784-preview.mp4"), captions=["Travel, blogger shoot"])
     ]
 
 
@@ -274,12 +276,12 @@ def test_tab_separated_values_have_no_quotes_and_need_no_header(tmp_path):
     options = {"path_column": None, "url_column": "url", "caption_column": "caption"}
     inputs, _ = _list(_table(path, columns=["caption", "url"], **options))
     assert inputs[:2] == [
-        Input(address="http://h/a.jpg", captions=['a "very typical, bus station']),
-        Input(address="http://h/b?x=1,2", captions=["sierra"]),
+        Input.at(WebUrl("http://h/a.jpg"), captions=['a "very typical, bus station']),
+        Input.at(WebUrl("http://h/b?x=1,2"), captions=["sierra"]),
     ]
     assert inputs[2].problem == "bad-address"
     path.write_text("url\tcaption\nhttp://h/a.jpg\tx\n")
-    assert _list(_table(path, **options))[0] == [Input(address="http://h/a.jpg", captions=["x"])]
+    assert _list(_table(path, **options))[0] == [Input.at(WebUrl("http://h/a.jpg"), captions=["x"])]
     (tmp_path / "t.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"source\.columns is for \.csv and \.tsv"):
         _list(_table(tmp_path / "t.jsonl", columns=["file", "text"]))
@@ -289,10 +291,11 @@ def test_every_field_of_an_input_is_in_the_plan(tmp_path):
     item = Input(
         address="a.tar/k.jpg",
         captions=["x"],
-        sidecar="s.txt",
+        media=S3Object("bucket", "/../a\udcff\n.tar"),
+        sidecar=BelowBase("s\udce9.txt"),
         not_text=2,
         problem="p",
-        container="a.tar",
+        reason="why",
         offset=2**40,
         size=7,
         row=2**40,
@@ -301,6 +304,7 @@ def test_every_field_of_an_input_is_in_the_plan(tmp_path):
 
     class One:
         base = "file:///nowhere"
+        skipped = Skipped()
 
         def inputs(self, hasher):
             yield item

@@ -7,6 +7,7 @@ import pytest
 from sharding.errors import UserError
 from sharding.sources import Input
 from sharding.sources import caption_files as module
+from sharding.sources.addresses import BelowBase
 from sharding.storage import open_storage
 from tests.sharding.listings import configured, fetched, listed, source
 
@@ -59,9 +60,9 @@ def test_coco_images_come_once_each_with_all_their_captions(tmp_path):
     inputs, _ = listed(opened)
     assert opened.base == (tmp_path / "train2017").as_uri()
     assert inputs[:3] == [
-        Input(address="000000000009.jpg", captions=["a cat"]),
-        Input(address="000000000005.jpg", captions=["a dog", "the dog\n"], not_text=1),
-        Input(address="000000000007.jpg", captions=[]),
+        Input.at(BelowBase("000000000009.jpg"), captions=["a cat"]),
+        Input.at(BelowBase("000000000005.jpg"), captions=["a dog", "the dog\n"], not_text=1),
+        Input.at(BelowBase("000000000007.jpg"), captions=[]),
     ]
     # Nothing is passed over: what does not fit together is listed as bad.
     assert [item.problem for item in inputs[3:]] == [
@@ -96,7 +97,7 @@ def test_karpathy_splits_are_chosen_by_name(tmp_path):
     path.write_text(json.dumps(KARPATHY))
     options = {"kind": "karpathy", "images": str(tmp_path)}
     assert listed(source(path, **options, split="test"))[0] == [
-        Input(address="val2014/COCO_val2014_1.jpg", captions=["A man.", "A person."], not_text=1)
+        Input.at(BelowBase("val2014/COCO_val2014_1.jpg"), captions=["A man.", "A person."], not_text=1)
     ]
     both, _ = listed(source(path, **options, split=["train", "restval"]))
     assert [(item.address, item.problem) for item in both] == [

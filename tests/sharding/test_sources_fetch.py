@@ -8,6 +8,7 @@ import pytest
 from sharding.config import PrepareConfig
 from sharding.errors import BadData
 from sharding.sources import Input
+from sharding.sources.addresses import BelowBase, WebUrl, table_address
 from sharding.sources.budget import ByteBudget, Cancelled
 from sharding.sources.config import FetchConfig, FolderSource
 from sharding.sources.fetch import Fetcher
@@ -27,6 +28,7 @@ def _fetcher(folder, max_bytes=100, **options):
         ("here.png", None),
         ("ABSOLUTE/here.png", None),
         ("file://ABSOLUTE/here.png", None),
+        ("FILE://localhost/ABSOLUTE/here%2epng", None),
         ("gone.png", "missing-file"),
         ("../here.png", "bad-address"),
         ("ftp://host/a.png", "bad-address"),
@@ -39,7 +41,11 @@ def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):
     (tmp_path / "here.png").write_bytes(b"x")
     (tmp_path / "large.png").write_bytes(b"x" * 101)
     (tmp_path / "folder").mkdir()
-    fault = _fetcher(tmp_path).fetch(Input(address=address.replace("ABSOLUTE", str(tmp_path)))).fault
+    try:
+        media = table_address(address.replace("ABSOLUTE", str(tmp_path)), "", on_this_machine=True)
+        fault = _fetcher(tmp_path).fetch(Input.at(media)).fault
+    except BadData as refused:
+        fault = refused
     assert (fault.cause if fault else None) == cause
 
 
@@ -47,7 +53,7 @@ def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):
 def test_files_of_any_size_come_whole_up_to_the_limit(tmp_path, size):
     data = bytes(range(251)) * (size // 251 + 1)
     (tmp_path / "a.png").write_bytes(data[:size])
-    got = _fetcher(tmp_path, max_bytes=3 << 20).fetch(Input(address="a.png"))
+    got = _fetcher(tmp_path, max_bytes=3 << 20).fetch(Input.at(BelowBase("a.png")))
     assert (got.media, got.fault and got.fault.cause) == (
         (data[:size], None) if size <= 3 << 20 else (b"", "too-many-bytes")
     )
@@ -56,18 +62,18 @@ def test_files_of_any_size_come_whole_up_to_the_limit(tmp_path, size):
 @pytest.mark.parametrize("now", [b"", b"12", b"1234"])
 def test_a_file_that_changed_its_size_since_it_was_listed_is_told(tmp_path, now):
     (tmp_path / "a.png").write_bytes(now)
-    assert _fetcher(tmp_path).fetch(Input(address="a.png", size=3)).fault.cause == "size-mismatch"
+    assert _fetcher(tmp_path).fetch(Input.at(BelowBase("a.png"), size=3)).fault.cause == "size-mismatch"
 
 
 def test_a_listed_size_above_the_limit_is_not_read(tmp_path):
-    fault = _fetcher(tmp_path).fetch(Input(address="not-even-there.png", size=101)).fault
+    fault = _fetcher(tmp_path).fetch(Input.at(BelowBase("not-even-there.png"), size=101)).fault
     assert fault.cause == "too-many-bytes"
 
 
 def test_many_are_fetched_in_their_order(tmp_path):
     for number in range(100):
         (tmp_path / f"{number}.png").write_bytes(b"%d" % number)
-    inputs = (Input(address=f"{number}.png") for number in range(100))
+    inputs = (Input.at(BelowBase(f"{number}.png")) for number in range(100))
     got = _fetcher(tmp_path, threads=4).fetch_all(inputs)
     assert [fetched.media for fetched in got] == [b"%d" % number for number in range(100)]
 
@@ -109,7 +115,8 @@ def test_bytes_read_ahead_stay_within_the_budget_and_a_larger_file_passes(tmp_pa
     for number, size in enumerate(sizes):
         (tmp_path / f"{number}.png").write_bytes(b"%02d" % number + b"x" * (size << 20))
     inputs = [
-        Input(address=f"{n}.png", size=2 + (size << 20) if known else None) for n, size in enumerate(sizes)
+        Input.at(BelowBase(f"{n}.png"), size=2 + (size << 20) if known else None)
+        for n, size in enumerate(sizes)
     ]
     fetcher = _fetcher(tmp_path, max_bytes=64 << 20, threads=8, in_flight_mb=4)
     results, most = _drain(fetcher, inputs, monkeypatch)
@@ -123,7 +130,7 @@ def test_urls_stay_within_the_budget_though_they_share_few_places_at_a_host(tmp_
     for number in range(12):
         sized = number % 3
         web.answers[f"/{number}"] = Answer(body * (1 + number % 4), length=-1 if sized else None)
-    inputs = [Input(address=f"{web.url}/{number}") for number in range(12)]
+    inputs = [Input.at(WebUrl(f"{web.url}/{number}")) for number in range(12)]
     fetcher = _fetcher(tmp_path, max_bytes=8 << 20, threads=6, in_flight_mb=3, per_host=2)
     results, most = _drain(fetcher, inputs, monkeypatch)
     assert [len(item.media) >> 20 for item in results] == [1 + number % 4 for number in range(12)]
@@ -179,7 +186,7 @@ def test_a_reader_that_stops_early_leaves_no_thread_behind(tmp_path, web):
     hold = threading.Event()
     web.answers["/slow"] = Answer(hold=hold)
     (tmp_path / "0.png").write_bytes(b"x")
-    inputs = [Input(address="0.png"), *(Input(address=f"{web.url}/slow") for _ in range(10))]
+    inputs = [Input.at(BelowBase("0.png")), *(Input.at(WebUrl(f"{web.url}/slow")) for _ in range(10))]
     results = _fetcher(tmp_path, threads=4).fetch_all(inputs)
     assert next(results).media == b"x"
     results.close()
@@ -194,7 +201,9 @@ def test_faults_release_what_they_held(tmp_path, web):
     web.answers["/cut"] = Answer(b"x" * 10, length=1 << 20)
     budget = ByteBudget(10 << 20)
     lease = budget.lease(1)
-    fetched = _fetcher(tmp_path, max_bytes=2 << 20, attempts=1).fetch(Input(address=f"{web.url}/cut"), lease)
+    fetched = _fetcher(tmp_path, max_bytes=2 << 20, attempts=1).fetch(
+        Input.at(WebUrl(f"{web.url}/cut")), lease
+    )
     assert isinstance(fetched.fault, BadData)
     assert budget.held == 0
 

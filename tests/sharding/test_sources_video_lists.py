@@ -7,6 +7,7 @@ import pytest
 from sharding.errors import UserError
 from sharding.sources import Input
 from sharding.sources import video_lists as module
+from sharding.sources.addresses import BelowBase
 from sharding.storage import open_storage
 from tests.sharding.listings import configured, fetched, listed, source
 
@@ -74,9 +75,9 @@ def test_the_1k_a_list_has_a_sentence_for_each_clip(tmp_path):
     inputs, _ = listed(opened)
     assert opened.base == (tmp_path / "videos all").as_uri()
     assert inputs[:3] == [
-        Input(address="video9770.mp4", captions=["a person is connecting something to system"]),
-        Input(address="video9771.mp4", captions=["a little girl does gymnastics, twice"]),
-        Input(address="video7020.mp4", captions=["a woman creating a fondant baby and flower"]),
+        Input.at(BelowBase("video9770.mp4"), captions=["a person is connecting something to system"]),
+        Input.at(BelowBase("video9771.mp4"), captions=["a little girl does gymnastics, twice"]),
+        Input.at(BelowBase("video7020.mp4"), captions=["a woman creating a fondant baby and flower"]),
     ]
     assert [(item.address, item.problem) for item in inputs[3:]] == [
         ("MSRVTT_JSFUSION_test.csv:5", "bad-row"),
@@ -95,9 +96,9 @@ def test_the_9k_list_takes_all_sentences_of_the_annotations(tmp_path):
     annotations = str(tmp_path / "MSRVTT_data.json")
     inputs, digest = listed(msrvtt(tmp_path, TRAIN, "MSRVTT_train.9k.csv", annotations=annotations))
     assert inputs == [
-        Input(address="video0.mp4", captions=["a cartoon"]),
-        Input(address="video2.mp4"),
-        Input(address="video1.mp4", captions=["a car", "the car"], not_text=1),
+        Input.at(BelowBase("video0.mp4"), captions=["a cartoon"]),
+        Input.at(BelowBase("video2.mp4")),
+        Input.at(BelowBase("video1.mp4"), captions=["a car", "the car"], not_text=1),
     ]
     (tmp_path / "MSRVTT_data.json").write_text(json.dumps(DATA).replace("the car", "some car"))
     assert listed(msrvtt(tmp_path, TRAIN, "MSRVTT_train.9k.csv", annotations=annotations))[1] != digest
@@ -146,13 +147,13 @@ def test_lsmdc_clips_are_found_wherever_they_lie(tmp_path):
     inputs, digest = listed(opened)
     assert opened.base == (tmp_path / "movies").as_uri()
     assert inputs == [
-        Input(
-            address=f"3009_BATTLE_LOS_ANGELES/{FIRST}.avi",
+        Input.at(
+            BelowBase(f"3009_BATTLE_LOS_ANGELES/{FIRST}.avi"),
             captions=['SOMEONE says "no".', "They leave."],
             size=2,
         ),
-        Input(address=f"{SECOND}.avi", captions=["SOMEONE drives, fast."], size=1),
-        Input(address=f"1012_Unbreakable/{THIRD}.avi", captions=["He waits."]),
+        Input.at(BelowBase(f"{SECOND}.avi"), captions=["SOMEONE drives, fast."], size=1),
+        Input.at(BelowBase(f"1012_Unbreakable/{THIRD}.avi"), captions=["He waits."]),
         Input(address="LSMDC16_challenge_1000_publictect.csv:5", problem="bad-row"),
     ]
     (tmp_path / "movies" / f"{SECOND}.avi").write_bytes(b"longer")
