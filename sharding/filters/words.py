@@ -1,8 +1,9 @@
 """Words of captions, in scripts with and without spaces between them, and blocked words and phrases.
 
-One rule for the limits on words, for ``caption_words`` of the index and for ``blocked_words``. Between spaces stands a word.
-Where a script writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese and their relatives) each character
-counts as a word, with the marks that belong to it; no dictionary decides, so the count is the same on every machine::
+One rule for the limits on words, for ``caption_words`` of the index and for ``blocked_words``: a word stands between
+spaces. Where a script writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese and their relatives) each
+character counts as a word, with the marks that belong to it. No dictionary decides, so the count is the same on every
+machine::
 
     a dog runs          3    a, dog, runs
     狗在跑               3    狗, 在, 跑
