@@ -11,8 +11,10 @@ touched::
 Killed at any moment and run again, only tars without a record are read. A tar of another size than recorded is read
 again; whether one was changed otherwise, ``glscl shards verify`` tells.
 
-Captions come from the JSON (one text or a list, under a given field), else from the text member, one a line. Samples
-without caption or media, or whose media have no readable header, are counted by cause and left out of the index.
+Which members make a sample is said by ``sharding.tarnames``, as for ``source: webdataset``; only here they must be
+neighbours, since the index has one range of bytes for a sample. Captions come from the JSON (one text or a list, under
+a given field), else from the text member, one a line. Samples without caption or media, or whose media have no readable
+header, are counted by cause and left out of the index.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,8 +32,9 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 from xxhash import xxh3_64_intdigest
 
-from sharding.captions import stored_captions
+from sharding.captions import NotText, stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
+from sharding.filters.words import count_words
 from sharding.index import INDEX_SCHEMA, index_table, write_index
 from sharding.keys import keyed_shard, repeated_keys
 from sharding.manifest import (
@@ -45,18 +48,19 @@ from sharding.manifest import (
 )
 from sharding.media import MediaInfo, decoding, probe_image, probe_video
 from sharding.media.video import clip_packets, is_animation, open_clip, video_stream
+from sharding.names import escape_name
+from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sharding.storage import Storage, StoredFile
+from sharding.tarnames import TEXT_EXTENSIONS, last_part, of_kind, split_name
 from sharding.tarwalk import Member, TarWalk
 
 _MEDIA: dict[Modality, frozenset[str]] = {
-    "image": frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}),
-    "video": frozenset({"mp4", "webm", "mkv", "avi", "mov", "ogv", "flv", "ts", "gif", "webp", "m4v"}),
+    "image": frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES),
+    "video": frozenset(suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES),
 }
-_TEXTS = ("txt", "text", "caption")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-_NAME = re.compile(
-    r"((?:.*/)?[^./][^./]*)\.([^/]*)"
-)  # WebDataset's rule: up to the first dot of the last part
+# Bytes of a member that is read whole, as one is that is indexed; of others nothing is kept.
+_LARGEST_MEMBER = 1 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KIND = "shards"  # of the source, in the manifest's configuration
 _SHOWN = 3  # examples of broken samples in an error
@@ -67,7 +71,7 @@ class ForeignRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[2]  # of the index
+    version: Literal[3]  # of the index
     tar_bytes: int
     modality: Modality
     caption_field: str
@@ -221,7 +225,7 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
         )
         dataset.write_bytes(shard.index, index)
     record = ForeignRecord(
-        version=2,
+        version=3,
         tar_bytes=file.size,
         modality=modality,
         caption_field=caption_field,
@@ -233,35 +237,43 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     return record
 
 
+_Found = tuple[Member, bytes]
+
+
 @dataclass
 class _Sample:
-    """The members of a key, by extension (lower case)."""
+    """The members of a key by extension (lower case): several of one where names differ in case, or not at all."""
 
     key: str
-    members: dict[str, tuple[Member, bytes]] = field(default_factory=dict)
+    members: defaultdict[str, list[_Found]] = field(default_factory=lambda: defaultdict(list))
+
+    def of_kind(self, kinds: Collection[str]) -> list[tuple[str, _Found]]:
+        """(last part of the extension, member) of those that are of one of ``kinds``, in the order of the tar."""
+        found = of_kind(self.members, kinds)
+        return [(last_part(extension), member) for extension in found for member in self.members[extension]]
 
 
 def _samples(walk: TarWalk, url: str) -> Iterator[_Sample]:
     """Members in groups by key, which must lie together."""
     current, seen = _Sample(""), set[str]()
-    for member, data in walk.members():
-        match = _NAME.fullmatch(member.name)
-        if match is None or member.name.startswith("__"):  # __classnames__.txt and the like describe the tar
+    for member, data in walk.members(largest=_LARGEST_MEMBER):
+        name = split_name(member.name)
+        if name is None:
             continue
-        key, extension = match[1], match[2].lower()
+        key, extension = name
         if key != current.key:
             if key in seen:
                 raise UserError(
-                    f"{url}: {member.name} at byte {member.header_offset} belongs to a key that stands further up: "
-                    "the members of a sample must lie together, and no key may stand twice"
+                    f"{url}: {escape_name(member.name)} at byte {member.header_offset} belongs to a key that "
+                    "stands further up: the members of a sample must lie together, and no key may stand twice "
+                    "(source: {kind: webdataset} makes new shards of such tars)"
                 )
             seen.add(key)
             if current.key:
                 yield current
             current = _Sample(key)
-        if extension in current.members:
-            raise UserError(f"{url}: {member.name} stands twice, again at byte {member.header_offset}")
-        current.members[extension] = (member, data)
+        if member.regular:
+            current.members[extension].append((member, data))
     if current.key:
         yield current
 
@@ -290,7 +302,7 @@ class _TarIndex:
         except BadData as error:
             self._dropped[error.cause] += 1
             if len(self.examples) < _SHOWN:
-                self.examples.append(f"{self._url}, key {sample.key}: {error}")
+                self.examples.append(f"{self._url}, key {escape_name(sample.key)}: {error}")
             return
         self.rows += 1
         if len(self._rows) >= 1000:  # columns take a tenth of the memory of rows
@@ -306,24 +318,29 @@ class _TarIndex:
         self._rows = []
 
     def _row(self, sample: _Sample) -> dict[str, object]:
-        found = [name for name in sample.members if name in _MEDIA[self._modality]]
+        self._check_names(sample)
+        found = sample.of_kind(_MEDIA[self._modality])
         if len(found) != 1:
-            names = ", ".join(sorted(sample.members))
+            names = ", ".join(sorted(map(escape_name, sample.members))) or "links"
             cause = "several-media" if found else "no-media"
             raise BadData(cause, f"its members are {names}: one {self._modality} is wanted")
-        extension = found[0]
-        media, data = sample.members[extension]
+        extension, (media, data) = found[0]
         missing = (Member("", 0, media.offset, 0), b"")
-        text, words = next((sample.members[name] for name in _TEXTS if name in sample.members), missing)
-        description, value = sample.members.get("json", missing)
+        text, words = self._text(sample) or missing
+        description, value = next((one for _, one in sample.of_kind(("json",))), missing)
+        for member, read in ((media, data), (text, words), (description, value)):
+            if member.size != len(read):
+                raise BadData("too-many-bytes", f"{escape_name(member.name)} has {member.size}")
         try:
             captions = stored_captions(value, words, self._field)
+        except NotText as error:
+            raise BadData("caption-not-text", str(error)) from None
         except ValueError as error:
             raise BadData("no-caption", str(error)) from None
         info = _probe(data, self._modality)
         facts = _facts(value)
         return {
-            "key": sample.key,
+            "key": escape_name(sample.key),
             "extension": extension,
             "media_offset": media.offset,
             "media_size": media.size,
@@ -339,23 +356,42 @@ class _TarIndex:
             "frames": info.frames,
             "duration": info.duration,
             "caption_length": len(captions[0]),
-            "caption_words": len(captions[0].split()),
+            "caption_words": count_words(captions[0]),
             "captions": len(captions),
             "sha256": facts.get("sha256") or hashlib.sha256(data).hexdigest(),
             "source": facts.get("source", ""),
         }
 
+    @staticmethod
+    def _check_names(sample: _Sample) -> None:
+        for members in sample.members.values():
+            names = [member.name for member, _ in members]
+            if len(set(names)) < len(names):
+                member = members[-1][0]
+                where = f"again at byte {member.header_offset}"
+                raise BadData("repeated-member", f"{escape_name(member.name)} stands twice, {where}")
+
+    @staticmethod
+    def _text(sample: _Sample) -> _Found | None:
+        """The text member: of several the first by extension, in the order of ``TEXT_EXTENSIONS``."""
+        found = sample.of_kind(TEXT_EXTENSIONS)
+        found.sort(key=lambda member: TEXT_EXTENSIONS.index(member[0]))
+        return found[0][1] if found else None
+
 
 def _facts(description: bytes) -> dict[str, str]:
     """Source and digest of the source's bytes, where a JSON member has them as img2dataset writes them."""
-    value = json.loads(description) if description else {}
+    try:
+        value = json.loads(description) if description else {}
+    except (ValueError, RecursionError):  # the captions are those of the text member
+        value = {}
     facts = {}
     if isinstance(value, dict):
         digest = value.get("sha256")
         if isinstance(digest, str) and _SHA256.fullmatch(digest.lower()):
             facts["sha256"] = digest.lower()
         source = next((value[name] for name in ("source", "url") if isinstance(value.get(name), str)), "")
-        facts["source"] = source
+        facts["source"] = escape_name(source)
     return facts
 
 

@@ -47,7 +47,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("captions", pa.int32(), nullable=False),  # how many
         pa.field("sha256", pa.string(), nullable=False),  # of the source's bytes, and the part
         pa.field("source", pa.string(), nullable=False),  # address the media came from
-        pa.field("caption_words", pa.int32()),  # of the first caption, between white space
+        pa.field("caption_words", pa.int32()),  # of the first caption (sharding/filters/words.py)
         pa.field("phash", pa.uint64()),  # perceptual hash of what is stored (sharding/fingerprint.py)
         pa.field("pixels", pa.string()),  # digest of its pixels (sharding/fingerprint.py)
         pa.field("score", pa.float32()),  # image-text score, where a scorer was asked

@@ -47,6 +47,7 @@ from sharding.manifest import (
 )
 from sharding.overlay import ROWS_SCHEMA, Dropped, with_dropped
 from sharding.storage import Storage
+from sharding.tarnames import clean_name, is_of_tar
 from sharding.tarwalk import TarWalk
 from sharding.writer import member_info
 
@@ -267,8 +268,10 @@ def _rename(source: Path, destination: Path, prefix: str, url: str) -> dict[int,
         tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for member, data in TarWalk(file, url).members():
+            if not member.regular:
+                continue
             # __classnames__.txt and the like are of no sample.
-            name = member.name if member.name.startswith("__") else prefix + member.name
+            name = member.name if is_of_tar(member.name) else prefix + clean_name(member.name)
             tar.addfile(member_info(name, member.size), io.BytesIO(data))
             places[member.offset] = _data_offset(out, member.size)
     return places

@@ -1,7 +1,8 @@
 """Walking through a tar once, forwards, from any storage, and taking nothing on trust.
 
 ``tarfile`` parses the headers (extended ones too). What it passes over in silence is an error here: a tar that
-ends before its end-of-archive blocks, a header whose checksum is wrong, bytes that follow the end.
+ends before its end-of-archive blocks, a header whose checksum is wrong, bytes that follow the end. A header may claim
+any size: nothing is kept in memory for what is not there.
 """
 
 from __future__ import annotations
@@ -13,21 +14,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sharding.errors import BadData
+from sharding.errors import BadData, UserError
+from sharding.names import escape_name
 
 BLOCK = tarfile.BLOCKSIZE
+#: Bytes of an extended header, of which tarfile reads all at once. Real ones have a few hundred.
+LARGEST_HEADER = 16 << 20
+#: What tarfile raises of headers that are none: of wrong numbers, of bytes that are no text, of a thousand extended
+#: headers in a row.
+BAD_HEADER = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 _CHUNK = 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file of the tar. Offsets in bytes: of its (first) header, and of its data."""
+    """A member that is no folder. Offsets in bytes: of its (first) header, and of its data.
+
+    Links, devices and sparse files are not ``regular``: they have no data of their own, or not as it lies here.
+    """
 
     name: str
     header_offset: int
     offset: int
     size: int
+    regular: bool = True
 
 
 class TarWalk:
@@ -54,8 +65,8 @@ class TarWalk:
         """Bytes read."""
         return self._file.position
 
-    def members(self) -> Iterator[tuple[Member, bytes]]:
-        """Each regular file with its bytes (folders and links are passed over).
+    def members(self, largest: int | None = None) -> Iterator[tuple[Member, bytes]]:
+        """Each member with its bytes: none of what is not regular, or has more than ``largest`` bytes.
 
         Raises:
             BadData: ``compressed-tar``, ``truncated-shard`` or ``bad-tar``; the detail names the url and the offset.
@@ -64,11 +75,17 @@ class TarWalk:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every header
-                    if info.isreg() and not info.issparse():
-                        member = Member(info.name, info.offset, info.offset_data, info.size)
-                        yield member, self._read(member)
+                    if info.size < 0:
+                        raise tarfile.ReadError("a header with a negative size")
+                    if not info.isdir():
+                        regular = info.isreg() and not info.issparse()
+                        member = Member(info.name, info.offset, info.offset_data, info.size, regular)
+                        fits = regular and (largest is None or info.size <= largest)
+                        yield member, self._read(member) if fits else b""
                 self._end(tar.offset)
-        except tarfile.TarError as error:
+        except UserError:  # of the storage
+            raise
+        except BAD_HEADER as error:
             raise self._fault(str(error)) from None
 
     def drain(self) -> None:
@@ -78,14 +95,16 @@ class TarWalk:
 
     def _read(self, member: Member) -> bytes:
         self._file.seek(member.offset)
-        data = self._file.read(member.size)
+        data = bytearray()
+        while len(data) < member.size and (chunk := self._file.read(min(_CHUNK, member.size - len(data)))):
+            data += chunk
         if len(data) != member.size:
             raise BadData(
                 "truncated-shard",
-                f"{self._url}: ends at byte {self._file.position}, inside {member.name}, which has "
+                f"{self._url}: ends at byte {self._file.position}, inside {escape_name(member.name)}, which has "
                 f"{member.size} bytes from byte {member.offset}",
             )
-        return data
+        return bytes(data)
 
     def _end(self, offset: int) -> None:
         """Check what stopped tarfile at ``offset``: two blocks of zeros and nothing but zeros after them."""
@@ -134,7 +153,8 @@ class _Forward(io.RawIOBase):
         return self.position
 
     def read(self, size: int = -1) -> bytes:
-        assert size >= 0
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header that claims {size} bytes")
         data = self._file.read(size)
         self.digest.update(data)
         self.position += len(data)
@@ -143,7 +163,8 @@ class _Forward(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         assert whence == io.SEEK_SET
-        assert offset >= self.position, "a tar is walked forwards"
+        if offset < self.position:
+            raise tarfile.ReadError("a header that leads backwards")
         while self.position < offset and self.read(min(_CHUNK, offset - self.position)):
             pass
         return self.position

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from xxhash import xxh3_64_intdigest
 
 from sharding.errors import BadData, StorageFault
+from sharding.filters.words import count_words
 from sharding.index import IndexRow, write_index
 from sharding.manifest import ShardRecord
 from sharding.media.info import Encoded
@@ -141,7 +142,7 @@ class ShardWriter:
             captions=len(captions),
             sha256=sha256,
             source=source,
-            caption_words=len(captions[0].split()),
+            caption_words=count_words(captions[0]),
             phash=media.fingerprint.phash if media.fingerprint else None,
             pixels=media.fingerprint.pixels if media.fingerprint else None,
             score=score,

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from sharding.filters.config import CaptionFilter
+from sharding.filters.words import count_words, words
 
 
 class CaptionRule(Protocol):
@@ -32,12 +33,12 @@ class Length:
     limits: CaptionFilter
 
     def objection(self, caption: str) -> str | None:
-        limits, characters, words = self.limits, len(caption), len(caption.split())
-        if characters < (limits.min_characters or 0) or words < (limits.min_words or 0):
+        limits, characters, number = self.limits, len(caption), count_words(caption)
+        if characters < (limits.min_characters or 0) or number < (limits.min_words or 0):
             return "caption-too-short"
         if limits.max_characters is not None and characters > limits.max_characters:
             return "caption-too-long"
-        if limits.max_words is not None and words > limits.max_words:
+        if limits.max_words is not None and number > limits.max_words:
             return "caption-too-long"
         return None
 
@@ -61,8 +62,8 @@ class Characters:
             written
         ):
             return "caption-repetitive"
-        words = caption.casefold().split()
-        again = len(words) - len(set(words))
-        if limits.max_repeated_words is not None and again > limits.max_repeated_words * len(words):
-            return "caption-repetitive"
+        if limits.max_repeated_words is not None:
+            found = words(caption)
+            if len(found) - len(set(found)) > limits.max_repeated_words * len(found):
+                return "caption-repetitive"
         return None

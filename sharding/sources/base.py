@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 from urllib.parse import unquote
 
+from sharding.captions import is_text
 from sharding.names import Skipped
 from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, WebUrl, shown
 from sharding.storage import ExactPath
@@ -120,14 +121,5 @@ def folder_and_name(url: str) -> tuple[str, str]:
 def texts_of(value: Any) -> tuple[list[str], int]:
     """(texts, how many items are no text) of a caption cell: a text, a list of texts, or nothing."""
     items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    texts = [item for item in items if isinstance(item, str) and _encodable(item)]
+    texts = [item for item in items if is_text(item)]
     return texts, len(items) - len(texts)
-
-
-def _encodable(text: str) -> bool:
-    # JSON may spell half a surrogate pair, which no UTF-8 file can hold.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sharding.scenes.config import SceneRules
 from sharding.storage import normalise_url
+from sharding.tarnames import TEXT_EXTENSIONS
 
 Scalar = str | int | float | bool
 
@@ -175,7 +176,7 @@ class WebDatasetSource(_Block):
         "default: the only member with a known one",
     )
     text: list[str] = Field(
-        default=["txt", "text", "cap", "caption", "captions"],
+        default=list(TEXT_EXTENSIONS),
         description="last parts of the extensions of text members",
     )
     caption_field: str | None = Field(default=None, description="of KEY.json: its name, a.b for one inside")

@@ -5,6 +5,8 @@
     000000.tar:  dog.jpg  dog.txt  cat.jpg  dog.json  cat.0.txt ...
     -> Input(000000.tar/dog.jpg, offset, size, texts=[dog.txt, dog.json]), Input(000000.tar/cat.jpg, ...)
 
+``sharding.tarnames`` says which members make a sample, here and in ``shards index``.
+
 Listing walks the headers; members are read in the tasks, by range. The headers of one tar at a time are in
 memory, so that members of a key need not be neighbours. Tars are read to their end-of-archive mark: one that
 ends before it, wherever the cut is, is told from a whole one.
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from sharding.sources.base import (
 )
 from sharding.sources.config import WebDatasetSource, split_pattern
 from sharding.storage import Storage
+from sharding.tarnames import clean_name, last_part, of_kind, split_name
+from sharding.tarwalk import BAD_HEADER, LARGEST_HEADER
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
 MOST_MEMBERS = 1_000_000
 _HEADER = 512
 _SMALL, _LARGE = 64 << 10, 8 << 20
-# WebDataset's own rule: the key ends at the first dot of the base name.
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 class Truncated(Exception):
@@ -73,8 +74,8 @@ class WebDatasetListing:
 
     def __init__(self, config: WebDatasetSource, modality: Modality, storage: Storage) -> None:
         self._config = config
-        self._suffixes = IMAGE_SUFFIXES if modality == "image" else VIDEO_SUFFIXES
-        self._modality = modality
+        suffixes = IMAGE_SUFFIXES if modality == "image" else VIDEO_SUFFIXES
+        self._media_kinds = {suffix.removeprefix(".") for suffix in suffixes}
         self._tars = [_TarPattern(path, storage) for path in config.paths]
         self._root = self._tars[0].root
         self.skipped = Skipped()
@@ -111,13 +112,13 @@ class WebDatasetListing:
             for number, member in enumerate(walk_tar(root, path, size)):
                 if number == MOST_MEMBERS:
                     raise UserError(f"{url} has more than {MOST_MEMBERS} members: cut it into smaller tars")
-                parts = _NAME.fullmatch(member.name)
+                name = split_name(member.name)
                 if hidden(member.name):
                     self.skipped.add(HIDDEN)
-                elif parts is None:
+                elif name is None:
                     self.skipped.add_file(member.name)
                 else:
-                    last = parts[1]
+                    last = name[0]
                     groups.setdefault(last, []).extend([member] if member.regular else [])
         except Truncated as error:
             if self._config.truncated == "error":
@@ -141,13 +142,13 @@ class WebDatasetListing:
         names = [member.name for member in members]
         if len(set(names)) < len(names):
             return Input(address=address, problem="repeated-member")
-        media = self._media(key, members)
+        by_extension: dict[str, list[TarMember]] = {}
+        for member in members:
+            by_extension.setdefault(member.name[len(key) + 1 :].lower(), []).append(member)
+        media = self._media(by_extension)
         if len(media) != 1:
             return Input(address=address, problem="several-media" if media else "media-missing")
-        texts = sorted(
-            (member for member in members if self._is_text(key, member)),
-            key=lambda member: _natural(member.name),
-        )
+        texts = sorted(self._texts(by_extension), key=lambda member: _natural(member.name))
         return Input(
             address=f"{container}/{escape_name(media[0].name)}",
             media=tar,
@@ -156,20 +157,19 @@ class WebDatasetListing:
             texts=[Member(name=escape_name(text.name), offset=text.offset, size=text.size) for text in texts],
         )
 
-    def _media(self, key: str, members: list[TarMember]) -> list[TarMember]:
+    def _media(self, members: dict[str, list[TarMember]]) -> list[TarMember]:
         if self._config.media is None:
-            return [
-                member for member in members if posixpath.splitext(member.name)[1].lower() in self._suffixes
-            ]
-        for extension in self._config.media:
-            found = [member for member in members if member.name[len(key) + 1 :].lower() == extension]
-            if found:
-                return found
-        return []
+            extensions = of_kind(members, self._media_kinds)
+        else:
+            wanted = self._config.media
+            found = ([one] if one in members else of_kind(members, {one}) for one in wanted)
+            extensions = next(filter(None, found), [])
+        return [member for extension in extensions for member in members[extension]]
 
-    def _is_text(self, key: str, member: TarMember) -> bool:
-        extension = member.name[len(key) + 1 :].lower()
-        return extension == "json" or extension.rpartition(".")[2] in self._config.text
+    def _texts(self, members: dict[str, list[TarMember]]) -> list[TarMember]:
+        texts = [extension for extension in members if last_part(extension) in self._config.text]
+        described = of_kind((extension for extension in members if extension not in texts), {"json"})
+        return [member for extension in (*texts, *described) for member in members[extension]]
 
 
 class _TarPattern:
@@ -222,27 +222,31 @@ def walk_tar(storage: Storage, path: str, size: int) -> Iterator[TarMember]:
     reader = _HeaderReader(storage, path, size)
     try:
         tar = tarfile.open(fileobj=reader, mode="r:")  # noqa: SIM115 - closed below
-    except tarfile.ReadError as error:
+    except UserError:
+        raise
+    except BAD_HEADER as error:
         raise Truncated(0, str(error) if size else "the file is empty") from None
     with tar:
         while True:
             start = tar.offset
             try:
                 member = tar.next()
-            except (tarfile.TarError, OverflowError, ValueError) as error:
+            except UserError:  # of the storage
+                raise
+            except BAD_HEADER as error:
                 raise Truncated(start, str(error)) from None
             if member is None:
                 break
             # tarfile keeps all members; one that is never asked for again would fill the memory.
             tar.members = []  # type: ignore[attr-defined]
-            if member.offset_data + member.size > size:
+            if member.size < 0 or member.offset_data + member.size > size:
                 raise Truncated(
                     member.offset,
                     f"{escape_name(member.name)} needs {member.offset_data + member.size} bytes",
                 )
             if not member.isdir():
                 regular = member.isreg() and not member.issparse()
-                yield TarMember(member.name.removeprefix("./"), member.offset_data, member.size, regular)
+                yield TarMember(clean_name(member.name), member.offset_data, member.size, regular)
         _check_end(reader, tar.offset, size)
 
 
@@ -283,6 +287,12 @@ class _HeaderReader(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = base + offset
         return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        # tarfile asks for as much as a header claims.
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header that claims {size} bytes")
+        return super().read(size) or b""
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
