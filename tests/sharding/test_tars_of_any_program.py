@@ -57,7 +57,7 @@ def by_index(path):
         (["a.v2.jpg", "a.v2.json"], "a.v2.jpg", ["in JSON"]),
         (["./d/a.jpg", "./d/a.txt"], "d/a.jpg", ["caption of ./d/a.txt"]),
         (["a.jpg", "a.seg.png", "a.txt"], "a.jpg", ["caption of a.txt"]),
-        (["a\nb.jpg", "a\nb.txt"], "a\nb.jpg", ["caption of a b.txt"]),
+        (["a\nb.jpg", "a\nb.txt"], "a\\x0ab.jpg", ["caption of a b.txt"]),
         (["__x.jpg", "__x.txt"], "__x.jpg", ["caption of __x.txt"]),
         (["caf\udce9.jpg", "caf\udce9.txt"], "caf\\xe9.jpg", ["a caption"]),
     ],
