@@ -18,11 +18,11 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 HIDDEN = "hidden"
 NO_SUFFIX = "no-suffix"
-ORPHAN = "caption-without-media"
+UNUSED_CAPTION = "unused-caption"  # no media file has its name, or another spelling of it is taken
 NOT_LISTED = "not-in-the-list"
 NOT_A_FILE = "not-a-file"
 OTHER = "other"
@@ -56,7 +56,7 @@ def hidden(path: str) -> bool:
     ``@eaDir``, ``$RECYCLE.BIN``, ``lost+found``, ...), and ``Thumbs.db`` and the like. Where the job's own path leads
     through such a folder, that does not count. ``.`` and ``..``, which may be parts of an S3 key, hide nothing.
     """
-    *folders, name = path.split("/")
+    *folders, name = path.rstrip("/").split("/")
     return (
         any(folder.casefold() in _FOLDERS for folder in folders)
         or any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))
@@ -89,13 +89,17 @@ class Skipped:
         suffix = posixpath.splitext(path)[1].lower()
         self.add(suffix if _SUFFIX.fullmatch(suffix) else NO_SUFFIX)
 
-    def visible(self, paths: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    def visible(self, paths: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
         """Of listed (path, size) those that are not hidden; the others are counted."""
         for path, size in paths:
             if hidden(path):
                 self.add(HIDDEN)
             else:
                 yield path, size
+
+    def add_other(self, path: str, _: str) -> None:
+        """Count what is there but is no file (``others`` of ``Storage.list``)."""
+        self.add(HIDDEN if hidden(path) else NOT_A_FILE)
 
     def counts(self) -> dict[str, int]:
         """Files by reason, the most frequent first."""
