@@ -286,7 +286,7 @@ def print_retraction(result: Retracted, console: Console, *, dry_run: bool, undo
         for shard, key in zip(
             *(result.rows[c].to_pylist()[:_SHOWN_KEYS] for c in ("shard", "key")), strict=True
         ):
-            _line(console, f"  {before.shards[shard].tar}  {key}")
+            _line(console, f"  {before.shards[shard].name}.tar  {key}")
         if number > _SHOWN_KEYS:
             _line(console, f"  ... and {number - _SHOWN_KEYS:,} more (--json lists all)")
         if result.already:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 HIDDEN = "hidden"
 NO_SUFFIX = "no-suffix"
@@ -41,12 +41,12 @@ _FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.in
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,12}")
 _MOST_REASONS = 100
 
-_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4}))")
+# What ``escape_name`` writes, and nothing else: no escape stands for a slash or a dot.
+_WRITTEN = r"x([01][0-9a-f]|5c|7f|[89a-f][0-9a-f])|u(00[89][0-9a-f]|202[89a-e]|206[6-9]|d[89a-f][0-9a-f]{2})"
+_ESCAPE = re.compile(rf"\\(?:{_WRITTEN})")
 # Control characters, line ends, marks that turn the direction of text around, and surrogates; and a backslash where
 # what follows would make an escape of it.
-_TO_ESCAPE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]" + r"|\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})"
-)
+_TO_ESCAPE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]" + rf"|\\(?={_WRITTEN})")
 
 
 def hidden(path: str) -> bool:
@@ -100,6 +100,11 @@ class Skipped:
     def add_other(self, path: str, _: str) -> None:
         """Count what is there but is no file (``others`` of ``Storage.list``)."""
         self.add(HIDDEN if hidden(path) else NOT_A_FILE)
+
+    def merge(self, counts: Mapping[str, int]) -> None:
+        """Count what another listing passed over."""
+        for reason, number in counts.items():
+            self.add(reason, number)
 
     def counts(self) -> dict[str, int]:
         """Files by reason, the most frequent first."""

@@ -101,6 +101,10 @@ class Source(Protocol):
         """
 
 
+class Unreadable(BadData):
+    """A file that the storage does not give, for a reason of its own; other files may be fine."""
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turns what keeps a single file from being read into its cause.
@@ -109,20 +113,20 @@ def reading(name: str) -> Iterator[None]:
         name: of the file, for the message.
 
     Raises:
-        BadData: ``archived``, ``access-denied``, ``encrypted``, ``no-such-bucket``, ``wrong-region``,
+        Unreadable: ``archived``, ``access-denied``, ``encrypted``, ``no-such-bucket``, ``wrong-region``,
             ``bad-address``, ``unreadable-file``.
     """
     try:
         yield
     except UnreadableObject as error:
-        raise BadData(error.cause, str(error)) from None
+        raise Unreadable(error.cause, str(error)) from None
     except OSError as error:
         if error.errno in _UNREADABLE:
-            raise BadData("unreadable-file", f"{name}: {error.strerror}") from None
+            raise Unreadable("unreadable-file", f"{name}: {error.strerror}") from None
         raise
 
 
-def unreadable(place: str, fault: BadData) -> Input:
+def unreadable(place: str, fault: Unreadable) -> Input:
     """A whole tar or table that cannot be read: one bad input, in place of the unknown number in it."""
     return Input(address=place, problem=fault.cause, reason=fault.detail)
 

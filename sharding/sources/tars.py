@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from braceexpand import braceexpand
 
-from sharding.errors import BadData, UserError
+from sharding.errors import UserError
 from sharding.manifest import Modality
-from sharding.names import HIDDEN, Skipped, escape_name, hidden
+from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, shown
 from sharding.sources.base import (
     IMAGE_SUFFIXES,
@@ -33,6 +33,7 @@ from sharding.sources.base import (
     Hasher,
     Input,
     Member,
+    Unreadable,
     feed,
     folder_and_name,
     reading,
@@ -41,7 +42,7 @@ from sharding.sources.base import (
 )
 from sharding.sources.config import WebDatasetSource, split_pattern
 from sharding.storage import Storage
-from sharding.tarnames import clean_name, last_part, of_kind, split_name
+from sharding.tarnames import clean_name, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import BAD_HEADER, LARGEST_HEADER
 
 if TYPE_CHECKING:
@@ -90,14 +91,14 @@ class WebDatasetListing:
         """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
         self.skipped.clear()
         found = False
-        lost: list[BadData] = []
+        lost: list[Unreadable] = []
         for pattern in self._tars:
             for path in pattern.files(self.skipped):
                 try:
                     for item in self._tar(pattern.root, path, hasher):
                         found = True
                         yield item
-                except BadData as fault:
+                except Unreadable as fault:
                     lost.append(fault)
                     place = shown(_place(pattern.root, path, pattern.root == self._root))
                     feed(hasher, place, fault.cause)
@@ -125,10 +126,8 @@ class WebDatasetListing:
                 if number == MOST_MEMBERS:
                     raise UserError(f"{url} has more than {MOST_MEMBERS} members: cut it into smaller tars")
                 name = split_name(member.name)
-                if hidden(member.name):
-                    self.skipped.add(HIDDEN)
-                elif name is None:
-                    self.skipped.add_file(member.name)
+                if name is None:
+                    count_aside(member.name, self.skipped)
                 else:
                     last = name[0]
                     groups.setdefault(last, []).extend([member] if member.regular else [])
