@@ -34,6 +34,7 @@ from xxhash import xxh3_64_intdigest
 
 from sharding.captions import NotText, stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
+from sharding.filters.config import chosen
 from sharding.filters.words import count_words
 from sharding.index import INDEX_SCHEMA, index_table, write_index
 from sharding.keys import keyed_shard, repeated_keys
@@ -48,6 +49,7 @@ from sharding.manifest import (
     load_manifest,
 )
 from sharding.media import MediaInfo, decoding, probe_image, probe_video
+from sharding.media.stills import refuse_still
 from sharding.media.video import clip_packets, is_animation, open_clip, video_stream
 from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import public_address
@@ -198,7 +200,7 @@ def _finished(manifest: Manifest, dataset: Storage, listing: str, configuration:
 
 
 def _check_counts(dataset: Storage, records: list[ForeignRecord], counts: Counts, bad_limit: float) -> None:
-    bad = counts.read - counts.kept
+    bad = sum(number for cause, number in counts.dropped.items() if not chosen(cause))
     causes = ", ".join(f"{cause} {number}" for cause, number in counts.dropped.items())
     examples = [example for record in records for example in record.examples][:_SHOWN]
     if bad > bad_limit * counts.read:
@@ -433,6 +435,7 @@ def _probe(data: bytes, modality: Modality) -> MediaInfo:
     """Size, and of a clip the frames and seconds, from headers and packet times; nothing is decoded."""
     if modality == "image":
         return probe_image(data)
+    refuse_still(data)
     info = probe_video(data)
     if is_animation(data):
         return info

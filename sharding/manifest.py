@@ -158,7 +158,8 @@ class OverlayRevision(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The whole dataset. ``source`` holds the url, the number of inputs and the digest of their listing.
+    """The whole dataset. ``source`` holds the url, the number of inputs, the digest of their listing, and what the
+    listing passed over.
 
     What is dropped is either in ``dropped_keys`` or in the file ``dropped_rows``; ask ``sharding.overlay.Dropped``.
     """
@@ -216,6 +217,12 @@ class Manifest(BaseModel):
     def samples(self) -> int:
         """Samples in the shards (dropped ones included: they keep their slots)."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Files of the source that are no inputs, by reason (``sharding.names``), the most frequent first."""
+        found = self.source.get("skipped")
+        return found if isinstance(found, dict) else {}
 
     @property
     def dropped(self) -> int:
