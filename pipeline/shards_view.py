@@ -53,6 +53,7 @@ def details(manifest: Manifest) -> dict[str, Any]:
         "counts": manifest.counts.model_dump(mode="json"),
         "configuration": manifest.configuration,
         "source": manifest.source,
+        "skipped": manifest.skipped,
         "retractions": [entry.model_dump(mode="json") for entry in manifest.retractions],
         "largest_shard": max((shard.bytes for shard in manifest.shards), default=0),
     }
@@ -100,6 +101,10 @@ def print_dataset(value: dict[str, Any], console: Console) -> None:
     grid.add_row("read / kept", f"{counts['read']:,} / {counts['kept']:,}")
     for cause, number in sorted(counts["dropped"].items(), key=lambda item: (-item[1], item[0])):
         grid.add_row(f"  {cause}", f"{number:,}")
+    if value["skipped"]:
+        grid.add_row("passed over", f"{sum(value['skipped'].values()):,} files of the source, no inputs")
+    for reason, number in value["skipped"].items():
+        grid.add_row(f"  {reason}", f"{number:,}")
     grid.add_row("digest", value["digest"])
     for number, entry in enumerate(value["retractions"], 1):
         grid.add_row(
@@ -286,7 +291,7 @@ def print_retraction(result: Retracted, console: Console, *, dry_run: bool, undo
         for shard, key in zip(
             *(result.rows[c].to_pylist()[:_SHOWN_KEYS] for c in ("shard", "key")), strict=True
         ):
-            _line(console, f"  {before.shards[shard].tar}  {key}")
+            _line(console, f"  {before.shards[shard].name}.tar  {key}")
         if number > _SHOWN_KEYS:
             _line(console, f"  ... and {number - _SHOWN_KEYS:,} more (--json lists all)")
         if result.already:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def closing_table(manifests: Iterable[Manifest]) -> Table:
-    """One row a dataset; bad data and what the filters chose to drop are told apart, each by cause."""
+    """One row a dataset; bad data and what the filters chose to drop are told apart, each by cause.
+
+    Files passed over are no inputs, and so not among those read.
+    """
     from rich.table import Table
 
     table = Table(title="datasets", title_style="bold", title_justify="left")
@@ -26,6 +29,7 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
         "filtered": [{c: n for c, n in m.counts.dropped.items() if chosen(c)} for m in manifests],
         "bad": [{c: n for c, n in m.counts.dropped.items() if not chosen(c)} for m in manifests],
         "captions left out": [m.counts.captions_dropped for m in manifests],
+        "files passed over": [m.skipped for m in manifests],
     }
     shown = {what: counts for what, counts in causes.items() if any(counts)}
     for what in shown:

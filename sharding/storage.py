@@ -7,8 +7,8 @@ What every other module may rely on, on both kinds:
 * Every call ends: connecting and reading have time-outs, transient faults are retried with exponential
   backoff and reads go on by range from where they broke.
 * Errors are of four kinds: ``FileNotFoundError`` with the full url; ``UserError`` for what the user can mend
-  (bucket, credentials, endpoint); ``StorageFault`` when retries are used up; ``BadData`` when bytes are not
-  those expected.
+  (bucket, credentials, endpoint; ``UnreadableObject`` where it is of the one file that is read); ``StorageFault``
+  when retries are used up; ``BadData`` when bytes are not those expected.
 * Credentials appear in no url, repr, log or error.
 * A path that the store listed (``ExactPath``) is that of its file, whatever its name is.
 
@@ -25,7 +25,7 @@ import os
 import posixpath
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, Protocol
@@ -135,7 +135,9 @@ class Backend(Protocol):
     def local_path(self, path: str) -> Path | None: ...
     def check(self, *, write: bool) -> None: ...
     def state(self, path: str) -> FileState: ...
-    def iterate(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def iterate(
+        self, prefix: str, others: Callable[[str, str], None] | None = None
+    ) -> Iterator[tuple[str, int]]: ...
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes: ...
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> bool: ...
@@ -205,13 +207,19 @@ class Storage:
         """Size in bytes. FileNotFoundError (with the full url) when there is no such file."""
         return self._backend.state(self._path(path)).size
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile]:
+    def list(
+        self, prefix: str = "", others: Callable[[str, str], None] | None = None
+    ) -> Iterator[StoredFile]:
         """All files in the folder ``prefix`` and below, sorted by path (code points); none if there is no
         such folder.
 
         Streams: holds one folder (file://) or one page (s3://) at a time.
+
+        Args:
+            others: called with what is there but no file, and why: a link to nothing, a socket, a folder that cannot
+                be read (its path ends with a slash). Without it such a folder raises an OSError.
         """
-        for path, size in self._backend.iterate(_clean(prefix)):
+        for path, size in self._backend.iterate(_clean(prefix), others):
             yield StoredFile(ExactPath(path), size)
 
     def read_bytes(self, path: str, offset: int = 0, length: int | None = None) -> bytes:

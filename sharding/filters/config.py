@@ -37,8 +37,10 @@ LEVELS_OF_CUSTOM = ("caption", "header", "stored")
 _CUSTOM_CAUSE = "custom-"
 
 # Causes of the choices that other blocks of a dataset make (``max_source_mb``, ``max_pixels``, ``max_mb``, ``opt_out``,
-# ``robots``).
-_OTHER_CHOICES = ("clip-too-large", "opted-out", "robots-txt", "too-many-bytes", "too-many-pixels")
+# ``robots``; a dataset of clips takes no stills).
+_OTHER_CHOICES = (
+    "clip-too-large", "opted-out", "robots-txt", "still-image", "too-many-bytes", "too-many-pixels",
+)  # fmt: skip
 
 
 class FilterBlock(BaseModel):

@@ -44,7 +44,14 @@ class FolderSource(_Located):
     """
 
     kind: Literal["folder"]
-    captions: Literal[".txt", ".json"] = ".txt"
+    captions: str = Field(default=".txt", description=".txt or .json; a file's own suffix may be in any case")
+
+    @field_validator("captions")
+    @classmethod
+    def _known(cls, suffix: str) -> str:
+        if suffix.lower() not in (".txt", ".json"):
+            raise ValueError("must be .txt or .json")
+        return suffix
 
 
 class TableSource(_Located):

@@ -78,7 +78,7 @@ class TableListing:
                 f"{error} (a table is a {', '.join(_SUFFIXES)} file, or a folder of them)"
             ) from None
         files = []
-        for path, _ in self.skipped.visible(self._root.list()):
+        for path, _ in self.skipped.visible(self._root.list(others=self.skipped.add_other)):
             if path.lower().endswith(_SUFFIXES):
                 files.append(path)
             elif not path.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):  # else rows may name it

@@ -157,7 +157,7 @@ class LsmdcListing:
         """Path below ``videos`` and size of each clip's file."""
         found: dict[str, _Place] = {}
         self.skipped.clear()
-        for path, size in self.skipped.visible(self._videos.list()):
+        for path, size in self.skipped.visible(self._videos.list(others=self.skipped.add_other)):
             clip, suffix = posixpath.splitext(posixpath.basename(path))
             if suffix.lower() not in VIDEO_SUFFIXES:
                 self.skipped.add_file(path)
