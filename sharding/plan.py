@@ -32,6 +32,7 @@ _INPUT_SCHEMA = pa.schema(
         pa.field("sidecar", pa.string()),
         pa.field("not_text", pa.int32(), nullable=False),
         pa.field("problem", pa.string()),
+        pa.field("reason", pa.string()),
         pa.field("container", pa.string()),
         pa.field("offset", pa.int64()),
         pa.field("size", pa.int64()),

@@ -35,6 +35,7 @@ class Input:
         sidecar: path, relative to the base, of the file that holds the captions (a folder's).
         not_text: how many captions were given that are no text.
         problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
+        reason: of the problem, in words.
         container: the file that holds the media, as addresses are written (a tar).
         offset: of the media in its container, in bytes.
         size: of the media in bytes, where the listing knows it; another size later is a fault.
@@ -47,6 +48,7 @@ class Input:
     sidecar: str | None = None
     not_text: int = 0
     problem: str | None = None
+    reason: str | None = None
     container: str | None = None
     offset: int | None = None
     size: int | None = None

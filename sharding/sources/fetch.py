@@ -115,7 +115,7 @@ class Fetcher:
         lease = lease or ByteBudget(self._max_bytes).lease(0)
         try:
             if item.problem is not None:
-                raise BadData(item.problem, public_address(item.address))
+                raise BadData(item.problem, item.reason or public_address(item.address))
             return self._fetch(item, lease)
         except BadData as fault:
             lease.reserve(0)
