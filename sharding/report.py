@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from sharding.filters.config import chosen
+from sharding.filters.config import OTHER_CAPTION, chosen
 from sharding.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -44,7 +44,22 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
             manifest.digest[:12],
             *(_by_cause(counts[row]) for counts in shown.values()),
         )
+    table.caption = "\n".join(filter(None, map(_hint, manifests))) or None
+    table.caption_justify = "left"
     return table
+
+
+def _hint(manifest: Manifest) -> str:
+    """What to do about rows that were dropped for their media though they had captions of their own."""
+    number = manifest.counts.dropped.get(OTHER_CAPTION, 0)
+    if not number:
+        return ""
+    text = f"{manifest.name}: {number:,} dropped copies had captions that no equal sample before them has"
+    if manifest.configuration.get("source", {}).get("kind") in ("table", "huggingface"):
+        text += (
+            "; source.group_by makes one sample of the rows of one picture or clip, with all their captions"
+        )
+    return text
 
 
 def _by_cause(numbers: Mapping[str, int]) -> str:

@@ -36,6 +36,9 @@ LEVELS_OF_CUSTOM = ("caption", "header", "stored")
 
 _CUSTOM_CAUSE = "custom-"
 
+#: Of a copy whose first caption, or number of captions, no equal sample before it has.
+OTHER_CAPTION = "duplicate-other-caption"
+
 # Causes of the choices that other blocks of a dataset make (``max_source_mb``, ``max_pixels``, ``max_mb``, ``opt_out``,
 # ``robots``; a dataset of clips takes no stills).
 _OTHER_CHOICES = (
@@ -281,10 +284,13 @@ class BlockedWordsFilter(FilterBlock):
 class DuplicatesFilter(FilterBlock):
     """Media equal to those of an earlier sample: equal files (``bytes``), or equal pixels as they are stored
     (``pixels``: other file formats and metadata do not matter). The first in input order stays.
+
+    Captions do not matter, but what is dropped with a caption that no equal sample before it has counts apart
+    (``duplicate-other-caption``): a corpus with a row for each caption loses them so, and wants ``group_by``.
     """
 
     level: ClassVar[Level] = "corpus"
-    causes: ClassVar[tuple[str, ...]] = ("duplicate", "duplicate-pixels")
+    causes: ClassVar[tuple[str, ...]] = ("duplicate", "duplicate-pixels", OTHER_CAPTION)
 
     kind: Literal["duplicates"]
     by: Literal["bytes", "pixels"] = "bytes"
@@ -419,7 +425,7 @@ CorpusFilter = DuplicatesFilter | NearDuplicatesFilter
 
 
 def corpus_cause(block: CorpusFilter) -> str:
-    """The one cause of a filter over the whole corpus."""
+    """The cause of a filter over the whole corpus (of exact copies with other captions: ``OTHER_CAPTION``)."""
     if isinstance(block, NearDuplicatesFilter):
         return "near-duplicate"
     return "duplicate" if block.by == "bytes" else "duplicate-pixels"

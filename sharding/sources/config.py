@@ -59,7 +59,8 @@ class TableSource(_Located):
     sample.
 
     ``path_column`` holds paths relative to the table's folder, absolute paths or urls; ``url_column`` only
-    urls (s3://, http://, https://). A caption cell is a text or a list of texts.
+    urls (s3://, http://, https://). A caption cell is a text or a list of texts. Where a table has a row for each
+    caption, ``group_by`` brings the rows of a sample together, wherever they stand.
     """
 
     kind: Literal["table"]
@@ -71,6 +72,11 @@ class TableSource(_Located):
     )
     where: dict[str, Scalar | list[Scalar]] = Field(
         default_factory=dict, description="column: value, or list of values; rows with others are left out"
+    )
+    group_by: str | None = Field(
+        default=None,
+        description="a column: rows that are equal in it are one sample, with the captions of all of them; "
+        "usually that of the media, or an id of them",
     )
 
     @property
@@ -228,6 +234,11 @@ class HuggingFaceSource(_Block):
     media_column: str | None = Field(default=None, description="an Image or Video column")
     url_column: str | None = Field(default=None, description="a text column of urls")
     caption_column: str | list[str]
+    group_by: str | None = Field(
+        default=None,
+        description="a column of texts or numbers: rows that are equal in it are one sample, with the captions of "
+        "all of them",
+    )
 
     @property
     def caption_columns(self) -> list[str]:

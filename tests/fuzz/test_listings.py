@@ -122,7 +122,7 @@ def test_every_image_of_an_annotation_file_is_kept_or_counted(fuzz: Fuzz, kind: 
     def check(data: bytes) -> None:
         found = _prepared({**_FILES, "list.json": data}, source, "list.json")
         if found is not None:
-            assert found.counts.inputs >= len(json.loads(data)["images"])
+            assert found.counts.inputs >= len(json.loads(data.decode("utf-8", "surrogateescape"))["images"])
 
     fuzz(kind, mutated_json([tree]), check, 60)
 

@@ -288,7 +288,7 @@ def test_what_is_broken_costs_itself_alone_and_everything_is_counted(name: str, 
         assert abs(_level(sample) - _LEVELS[number]) <= 2, sample.source
     skipped = prepared.survey.skipped
     if name.startswith("folder"):
-        assert skipped == {"caption-without-media": 1, "hidden": 2, ".pdf": 1}
+        assert skipped == {"unused-caption": 1, "hidden": 2, ".pdf": 1}
         assert prepared.survey.inputs + prepared.survey.sidecars + sum(skipped.values()) == len(corpus.files)
     if name == "webdataset":
         assert skipped == {"hidden": 1}
