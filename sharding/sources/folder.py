@@ -6,6 +6,7 @@ import json
 import posixpath
 from collections.abc import Iterator
 
+from sharding.captions import caption_lines
 from sharding.errors import BadData, UserError
 from sharding.manifest import Modality
 from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Hasher, Input, feed, texts_of
@@ -55,7 +56,7 @@ def parse_sidecar(data: bytes, suffix: str) -> tuple[list[str], int]:
     except UnicodeDecodeError as error:
         raise BadData("caption-not-text", f"not UTF-8: {error.reason}") from None
     if suffix == ".txt":
-        return [line for line in text.splitlines() if line.strip()], 0
+        return caption_lines(text), 0
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
