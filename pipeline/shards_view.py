@@ -147,6 +147,13 @@ def _find(dataset: Storage, manifest: Manifest, key: str) -> tuple[int, int]:
         row = pc.index(load_index(dataset, manifest.shards[number])["key"], key).as_py()
         if row >= 0:
             return number, row
+    why = None
+    if any(shard.caption_field is not None for shard in manifest.shards):
+        from sharding.foreign import left_out  # loads the decoders of clips
+
+        why = left_out(dataset, key)
+    if why is not None:
+        raise UserError(f"the sample {key} was left out when its tar was indexed: {why}")
     raise UserError(f"{dataset.url} has no sample with the key {key}")
 
 

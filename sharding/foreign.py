@@ -69,6 +69,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KIND = "shards"  # of the source, in the manifest's configuration
 _OURS = ("index", OVERLAY_FOLDER, MANIFEST_PATH)
 _SHOWN = 3  # examples of broken samples in an error
+_READERS = 16
 
 
 class ForeignRecord(BaseModel):
@@ -164,6 +165,21 @@ def index_shards(
     )
     dataset.write_json(MANIFEST_PATH, manifest.model_dump(mode="json"))
     return manifest
+
+
+def left_out(dataset: Storage, key: str) -> str | None:
+    """Why a key of an indexed tar is not in the index, where it is among the examples that were noted of each tar."""
+    paths = [file.path for file in dataset.list("index") if file.path.endswith(".json")]
+
+    def example(path: str) -> str | None:
+        try:
+            noted = ForeignRecord.model_validate(dataset.read_json(path)).examples
+        except (FileNotFoundError, ValueError):  # it is of another version, or none
+            return None
+        return next((text for text in noted if f", key {key}: " in text), None)
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="examples") as pool:
+        return next(filter(None, pool.map(example, paths)), None)
 
 
 def _list_tars(dataset: Storage, skipped: Skipped) -> list[StoredFile]:

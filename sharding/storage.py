@@ -237,7 +237,7 @@ class Storage:
         data = self.read_bytes(path)
         try:
             return json.loads(data.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.url_of(path)} is not valid JSON ({error})") from None
 
     def write_json(self, path: str, value: Any) -> None:

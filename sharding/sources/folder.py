@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from sharding.captions import caption_lines
 from sharding.errors import BadData, UserError
 from sharding.manifest import Modality
 from sharding.names import UNUSED_CAPTION, Skipped, escape_name, hidden
@@ -155,7 +156,7 @@ def parse_sidecar(data: bytes, name: str) -> tuple[list[str], int]:
     except UnicodeDecodeError as error:
         raise BadData("caption-not-text", f"not UTF-8: {error.reason}") from None
     if name.lower().endswith(".txt"):
-        return [line for line in text.splitlines() if line.strip()], 0
+        return caption_lines(text), 0
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

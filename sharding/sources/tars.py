@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from braceexpand import braceexpand
 
+from sharding.captions import caption_lines
 from sharding.errors import UserError
 from sharding.manifest import Modality
 from sharding.names import Skipped, escape_name
@@ -345,7 +346,7 @@ def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str
     except (ValueError, RecursionError):  # also UnicodeDecodeError
         return [], 1
     if not name.lower().endswith(".json"):
-        return [line for line in text.splitlines() if line.strip()], 0
+        return caption_lines(text), 0
     if not isinstance(value, dict):
         return [], 1
     if field is None:

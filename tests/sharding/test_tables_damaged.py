@@ -15,6 +15,7 @@ import pytest
 
 from sharding.errors import StorageFault, UserError
 from sharding.sources import Input, grouping, rows
+from sharding.sources.addresses import BelowBase
 from sharding.sources.rows import json_rows, parquet_rows, table_rows, text_lines
 from tests.sharding.listings import listed, source
 
@@ -50,7 +51,7 @@ def facts(inputs):
         (b"a.jpg,one,more\nb.jpg,two\n", ["bad-row", "b.jpg"]),
         (b"a.jpg,caf\xe9\nb.jpg,two\n", ["a.jpg", "b.jpg"]),
         (b"\xff.jpg,one\nb.jpg,two\n", ["bad-address", "b.jpg"]),
-        (b"\0\0\0\0\nb.jpg,two\n", ["\0\0\0\0", "b.jpg"]),
+        (b"\0\0\0\0\nb.jpg,two\n", ["bad-address", "b.jpg"]),
     ],
 )
 def test_a_row_of_csv_with_wrong_marks_or_bytes_costs_that_row(tmp_path, body, expected):

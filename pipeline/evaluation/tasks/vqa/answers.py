@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.tasks.annotations import require
+from sharding.captions import is_text
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def read_answers(storage: Storage, address: str, field: str) -> list[str]:
         ):
             raise UserError(f"{field}: {url}: the answers must be numbered from 0 to {len(numbers) - 1}")
         answers = sorted(value, key=value.__getitem__)
-    texts = [answer for answer in answers if isinstance(answer, str)]
+    texts = [str(answer) for answer in answers if is_text(answer)]
     if not texts or len(texts) != len(answers) or len(set(texts)) != len(texts):
         raise UserError(
             f"{field}: {url} must be a list of different answers, or an object of numbers by answer"
