@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"sidx", b"moof", b"uuid", b"pnot",
                     b"emsg", b"prft"})  # fmt: skip
+_PICTURES = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000"})
 _TS_PACKET = 188
 _SYNC = 0x47
 
@@ -87,8 +88,8 @@ def video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not streams:
         raise BadData("decode-failed", "the file has no video stream")
-    # A picture that is not marked as one has one frame beside a stream that has many.
-    moving = [stream for stream in streams if stream.frames != 1] or streams
+    # A cover that is not marked as one lies beside a stream that is no picture, or has more frames than one.
+    moving = [stream for stream in streams if stream.name not in _PICTURES and stream.frames != 1] or streams
     stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
     if stream.codec_context is None:
         raise BadData("decode-failed", "no decoder is known for the video stream")

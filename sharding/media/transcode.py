@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # The times of an animation are known by decoding it only: these many frames tell its rate.
 _FRAMES_MEASURED = 240
+# Of FFmpeg, and of ITU-T H.273 but for the range.
+_BT709, _LIMITED = 1, 1
 
 
 def transcode_video(data: bytes, config: VideoConfig) -> Encoded:
@@ -182,9 +184,15 @@ def encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig
                 size = shrunk(array.shape[1], array.shape[0], config.resize)
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                # Said in the file, since players guess by the size where it is not.
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = _BT709
+                context.color_range = _LIMITED
             rgb = resized_pixels(array, (width, height))
             taken.add(rgb)
-            picture = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
+            )
             picture.pts = count
             picture.time_base = 1 / fps
             out.mux(stream.encode(picture))
@@ -214,7 +222,7 @@ def _as_it_is(data: bytes, config: VideoConfig) -> Encoded | None:
         size = (context.width, context.height)
     packets, frames = shown_frames(data, config.max_pixels)
     count, duration = len(packets.times), len(packets.times) / packets.rate
-    if packets.hidden or not packets.jumps or claimed not in (0, count) or not _even(packets):
+    if packets.altered or not packets.jumps or claimed not in (0, count) or not _even(packets):
         return None
     if count > config.max_frames or duration > config.clip_s or packets.pixel_ratio not in (None, 0, 1):
         return None

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# Seconds to the next frame, at most; a larger step means that the clock was set. As FFmpeg has it: containers of
-# broadcasts and streams write the sender's clock, the others write when a frame is to be shown.
-_LONGEST_STEP = {"mpegts": 10.0, "flv": 10.0, "ogg": 10.0}
-_ANY_STEP = 30 * 3600.0
+# A frame that is shown for longer than this, in seconds, and far longer than usual, tells of a clock that was set. It
+# takes less in containers that broadcasts and streams are recorded to (as much as in FFmpeg): they keep the sender's.
+_CLOCK_OF_SENDER = {"mpegts": 10.0, "flv": 10.0, "ogg": 10.0}
+_CLOCK_OF_FILE = 600.0
 # Times of these say when a frame is decoded, and nothing says when it is shown, but its place among the others.
 _DECODE_TIMES_ONLY = frozenset({"avi"})
 # Jumping to the frame of a time is tried in these.
@@ -53,8 +53,9 @@ class Packets:
         keys: those of the keyframes.
         seconds: when the frames are shown, from the first, ascending.
         rate: usual frames per second while the picture moves, at most 240.
+        longest: seconds from one frame to the next, at most; more means that the clock was set.
         jumps: whether a frame can be looked up by its time.
-        hidden: whether there are frames that are decoded but not shown.
+        altered: whether players show other than lies in the file: frames are hidden, or the clock was set.
         leading: frames at the beginning that may not be decodable: they lack what they build on.
         start: presentation time of the first keyframe.
         pixel_ratio: width of a pixel over its height, where the file says so.
@@ -64,8 +65,9 @@ class Packets:
     keys: list[int]
     seconds: list[float]
     rate: float
+    longest: float
     jumps: bool
-    hidden: bool
+    altered: bool
     leading: int
     start: int
     pixel_ratio: Fraction | None
@@ -91,11 +93,9 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
         kind: the ``container_format``.
     """
     unit = float(stream.time_base or 1)
-    longest = _LONGEST_STEP.get(kind, _ANY_STEP) / unit
-    # Parts between which the clock was set, each with the times of its frames.
-    parts: list[list[int]] = [[]]
+    timed: list[tuple[int, int | None]] = []  # when a frame is shown and decoded, in the order of the packets
     keys: list[int] = []
-    hidden, untimed, early, before = False, 0, 0, None
+    hidden, untimed, early = False, 0, 0
     start: int | None = None
     for packet in container.demux(stream):
         if packet.size == 0:
@@ -107,19 +107,18 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
         if time is None:  # the second field of a frame, or a time to be guessed
             untimed += 1
             continue
-        order = packet.dts
-        if order is not None:
-            if before is not None and not before <= order <= before + longest:
-                parts.append([])
-            before = order
         if packet.is_keyframe:
             keys.append(time)
             start = time if start is None else start
         early += start is None
-        parts[-1].append(time)
-    parts = [sorted(part) for part in parts if part]
-    if not parts:
+        timed.append((time, packet.dts))
+    if not timed:
         raise BadData("decode-failed", "its packets have no time" if untimed else "the clip has no frames")
+    ordered = sorted(time for time, _ in timed)
+    usual = _median([after - before for before, after in pairwise(ordered)])
+    longest = max(_CLOCK_OF_SENDER.get(kind, _CLOCK_OF_FILE), _HELD * usual * unit)
+    runs = _runs(timed)
+    parts = [part for run in runs for part in _split(run, longest / unit)]
     rate = _rate([after - before for part in parts for before, after in pairwise(part)], unit)
     seconds: list[float] = []
     for part in parts:
@@ -128,10 +127,43 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
     times = [time for part in parts for time in part]
     start = parts[0][0] if start is None else start
     leading = max(early, sum(time < start for time in parts[0])) if keys else 0
-    ordered = len(parts) == 1 and all(before < after for before, after in pairwise(times))
-    jumps = ordered and not untimed and not leading and kind in _WITH_INDEX
+    distinct = len(runs) == 1 and all(before < after for before, after in pairwise(times))
+    jumps = distinct and not untimed and not leading and kind in _WITH_INDEX
+    altered = hidden or len(parts) > 1
     ratio = stream.sample_aspect_ratio
-    return Packets(times, sorted(keys), seconds, rate, jumps, hidden, leading, start, ratio)
+    return Packets(times, sorted(keys), seconds, rate, longest, jumps, altered, leading, start, ratio)
+
+
+def _runs(timed: Sequence[tuple[int, int | None]]) -> list[list[int]]:
+    """Times of the frames, ascending, of each run in which the clock goes forward.
+
+    The times of decoding tell, which go up from packet to packet.
+    """
+    runs: list[list[int]] = [[]]
+    before: int | None = None
+    for time, order in timed:
+        if order is not None:
+            if before is not None and order < before:
+                runs.append([])
+            before = order
+        runs[-1].append(time)
+    return [sorted(run) for run in runs if run]
+
+
+def _split(times: Sequence[int], longest: float) -> list[list[int]]:
+    """Cut where the next is more than ``longest`` away."""
+    parts = [[times[0]]]
+    for before, after in pairwise(times):
+        if after - before > longest:
+            parts.append([])
+        parts[-1].append(after)
+    return parts
+
+
+def _median(steps: Sequence[float]) -> float:
+    """Of those that are above 0; 0 where there is none."""
+    found = sorted(step for step in steps if step > 0)
+    return found[(len(found) - 1) // 2] if found else 0.0
 
 
 def _rate(steps: Sequence[float], unit: float) -> float:
@@ -141,11 +173,10 @@ def _rate(steps: Sequence[float], unit: float) -> float:
 
         0.04 0.04 0.04 3600 0.04     25
     """
-    steps = sorted(step for step in steps if step > 0)
-    if not steps:
+    usual = _median(steps)
+    moving = [step for step in steps if 0 < step <= _HELD * usual]
+    if not moving:
         return 1.0
-    usual = steps[len(steps) // 2]
-    moving = [step for step in steps if step <= _HELD * usual]
     return min(len(moving) / (sum(moving) * unit), _MAX_RATE)
 
 
@@ -197,7 +228,7 @@ class _Clock:
     def __init__(self, kind: str, packets: Packets, unit: float) -> None:
         self._places = iter(packets.times) if kind in _DECODE_TIMES_ONLY else None
         self._unit, self._step = unit, 1 / packets.rate
-        self._longest = _LONGEST_STEP.get(kind, _ANY_STEP)
+        self._longest = packets.longest
         self._last: float | None = None
         self._offset: float | None = None
 
