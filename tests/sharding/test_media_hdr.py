@@ -29,7 +29,7 @@ TO_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164,
 TO_P3 = np.array([[0.8225, 0.1774, 0.0], [0.0332, 0.9669, 0.0], [0.0171, 0.0724, 0.9108]])
 
 
-def _light(colours: np.ndarray) -> np.ndarray:
+def light(colours: np.ndarray) -> np.ndarray:
     code = colours / 255
     return np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
 
@@ -61,14 +61,14 @@ def _mapped(code: np.ndarray, transfer: int, primaries: int, bits: int = 16) -> 
 @pytest.mark.parametrize("transfer", [HLG, PQ])
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 1), (8, 5)])
 def test_what_sdr_can_show_keeps_its_colour(transfer, bits, tolerance):
-    code = CURVES[transfer](_light(COLOURS) @ TO_2020.T * 203)
+    code = CURVES[transfer](light(COLOURS) @ TO_2020.T * 203)
     assert np.abs(_mapped(code, transfer, BT2020, bits) - COLOURS).max() <= tolerance
 
 
 @pytest.mark.parametrize(("primaries", "matrix"), [(BT2020, TO_2020), (P3, TO_P3)])
 def test_wide_gamuts_of_sdr_are_converted_and_greys_stay(primaries, matrix):
-    light = _light(COLOURS) @ matrix.T
-    code = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    linear = light(COLOURS) @ matrix.T
+    code = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     assert np.abs(_mapped(code, SDR, primaries) - COLOURS).max() <= 1
     greys = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
     assert np.array_equal(to_sdr(greys, SDR, primaries), greys)
@@ -88,8 +88,8 @@ def test_highlights_stay_apart_and_end_in_white(transfer):
 
 def test_light_above_the_peak_is_white_and_a_bright_colour_keeps_its_hue():
     assert _mapped(_pq(np.full((1, 3), 9000.0)), PQ, BT2020).tolist() == [[255] * 3]
-    orange = _light(np.array([[200.0, 120, 30]])) @ TO_2020.T
-    dim, bright = (_light(_mapped(_pq(orange * cd), PQ, BT2020).astype(float))[0] for cd in (203, 1200))
+    orange = light(np.array([[200.0, 120, 30]])) @ TO_2020.T
+    dim, bright = (light(_mapped(_pq(orange * cd), PQ, BT2020).astype(float))[0] for cd in (203, 1200))
     assert bright.max() > 1.4 * dim.max()
     assert bright / bright.max() == pytest.approx(dim / dim.max(), abs=0.02)
 
@@ -103,7 +103,7 @@ def test_colours_outside_of_srgb_move_towards_their_grey_and_no_channel_wraps():
 
 
 def test_unspecified_primaries_of_hdr_are_those_of_bt2020():
-    code = CURVES[HLG](_light(COLOURS) @ TO_2020.T * 203)
+    code = CURVES[HLG](light(COLOURS) @ TO_2020.T * 203)
     assert np.array_equal(_mapped(code, HLG, 2), _mapped(code, HLG, BT2020))
 
 
@@ -116,7 +116,7 @@ def test_srgb_and_what_is_near_comes_back_unchanged():
 
 
 def test_linear_light_gets_the_curve_of_srgb():
-    assert _mapped(_light(COLOURS), 8, BT709).tolist() == COLOURS.astype(int).tolist()
+    assert _mapped(light(COLOURS), 8, BT709).tolist() == COLOURS.astype(int).tolist()
 
 
 @pytest.mark.parametrize(("transfer", "primaries"), [(PQ, 8), (SDR, 10), (SDR, 99), (9, 1), (17, 10)])
