@@ -58,12 +58,12 @@ def _srgb(frame: av.VideoFrame) -> np.ndarray:
         raise BadData("unsupported-colour", "Dolby Vision without a base layer that other decoders can show")
     source = _guessed_matrix(frame)
     if any(component.is_alpha for component in frame.format.components):
-        rgba = frame.to_ndarray(format="rgba", src_colorspace=source)
+        rgba = frame.to_ndarray(format="rgba", src_colorspace=source, threads=1)
         pixels = np.asarray(composited(Image.fromarray(rgba), "white"))
     elif needs_mapping(transfer, primaries):
-        pixels = frame.to_ndarray(format="rgb48le", src_colorspace=source)
+        pixels = frame.to_ndarray(format="rgb48le", src_colorspace=source, threads=1)
     else:
-        return frame.to_ndarray(format="rgb24", src_colorspace=source)
+        return frame.to_ndarray(format="rgb24", src_colorspace=source, threads=1)
     return to_sdr(pixels, transfer, primaries)
 
 

@@ -2,7 +2,7 @@
 
 What a player shows is known for sure by decoding a clip from its beginning (``shown_frames``); that is how clips are
 stored. Packets tell times and keyframes without decoding (``clip_packets``), and serve to jump to single frames where
-a container can be relied on; each frame that is found so must be the one of the wanted time, else the clip is decoded
+the clock of a clip runs on; each frame that is found so must be the one of the wanted time, else the clip is decoded
 from its beginning after all.
 
 Times are those from the first frame that is shown. A clock that is set anew within a clip (recordings joined in one
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ from sharding.media.containers import container_format, is_animation, open_clip,
 from sharding.media.images import open_image, probe_image
 from sharding.media.info import MediaInfo
 from sharding.media.picture import shown
+from sharding.media.resizing import resized_pixels
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ _CLOCK_OF_SENDER = {"mpegts": 10.0, "flv": 10.0, "ogg": 10.0}
 _CLOCK_OF_FILE = 600.0
 # Times of these say when a frame is decoded, and nothing says when it is shown, but its place among the others.
 _DECODE_TIMES_ONLY = frozenset({"avi"})
-# Jumping to the frame of a time is tried in these.
-_WITH_INDEX = frozenset({"mp4", "matroska"})
+# Seconds before a keyframe to which is jumped in search of it, one after another: some containers land behind it.
+_EARLIER = (0, 1, 10)
 _HELD = 4  # a frame shown so many times longer than usual is held, and tells nothing of the rate
 _MAX_RATE = 240.0
 
@@ -128,7 +129,7 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
     start = parts[0][0] if start is None else start
     leading = max(early, sum(time < start for time in parts[0])) if keys else 0
     distinct = len(runs) == 1 and all(before < after for before, after in pairwise(times))
-    jumps = distinct and not untimed and not leading and kind in _WITH_INDEX
+    jumps = distinct and not untimed and not leading and kind not in _DECODE_TIMES_ONLY
     altered = hidden or len(parts) > 1
     ratio = stream.sample_aspect_ratio
     return Packets(times, sorted(keys), seconds, rate, longest, jumps, altered, leading, start, ratio)
@@ -254,7 +255,7 @@ def chosen_frames(
 ) -> Iterator[np.ndarray]:
     """uint8 [H, W, 3] of some frames of a clip, as ``picture.shown`` gives them; one is held at a time.
 
-    Where the container can be relied on, only the stretches from a keyframe to a wanted frame are decoded.
+    Where the clip's clock runs on, only the stretches from a keyframe to a wanted frame are decoded.
 
     Args:
         choose: is given the times of all frames and the seconds that the clip lasts, and says which frames are
@@ -302,20 +303,39 @@ def _looked_up(
         BadData: a frame is corrupt, or there is none of exactly this time.
     """
     keys = np.asarray(packets.keys)
-    decoder: Iterator[av.VideoFrame] | None = None
+    frames: Iterator[av.VideoFrame] = iter(())
     found: av.VideoFrame | None = None
     for target in wanted:
         if found is None or found.pts != target:
             before = keys[keys <= target]
-            key = int(before[-1]) if len(before) else packets.times[0]
-            if decoder is None or found is None or found.pts is None or key > found.pts:
-                container.seek(key, stream=stream, backward=True)
-                decoder = container.decode(stream)
-            found = next((frame for frame in decoder if frame.pts is not None and frame.pts >= target), None)
+            key = int(before[-1]) if len(before) else None
+            if found is None or found.pts is None or (key is not None and key > found.pts):
+                frames = _decoded_from(container, stream, key, packets.times[0])
+            found = next((frame for frame in frames if frame.pts is not None and frame.pts >= target), None)
             if found is None or found.pts != target:
                 raise BadData("decode-failed", "the clip has no frame of a time that it lists")
             checked(found)
         yield found
+
+
+def _decoded_from(
+    container: InputContainer, stream: VideoStream, key: int | None, first: int
+) -> Iterator[av.VideoFrame]:
+    """The frames from this keyframe on; ``None``: from the one, hidden by an edit list, before the first frame.
+
+    Raises:
+        BadData: the container does not find it.
+    """
+    for seconds in _EARLIER:
+        place = first if key is None else max(first, key - round(seconds / (stream.time_base or 1)))
+        container.seek(place, stream=stream, backward=True)
+        packets = container.demux(stream)
+        for packet in packets:
+            if key is None or (packet.is_keyframe and packet.pts == key):
+                return chain.from_iterable(each.decode() for each in chain([packet], packets))
+            if packet.dts is not None and packet.dts > key:
+                break
+    raise BadData("decode-failed", "the clip has no keyframe of a time that it lists")
 
 
 @decoding()
@@ -393,9 +413,9 @@ def decode_video(
     with decoding():
         if is_animation(data):
             return _animation_frames(data, places, max_pixels)
-        return np.stack(
-            list(chosen_frames(data, max_pixels, lambda seconds, _: _wanted(places, len(seconds))))
-        )
+        taken = list(chosen_frames(data, max_pixels, lambda seconds, _: _wanted(places, len(seconds))))
+        size = taken[0].shape[1::-1]  # a stream may change its size
+        return np.stack([resized_pixels(pixels, size) for pixels in taken])
 
 
 def _wanted(places: np.ndarray, total: int) -> list[int]:
