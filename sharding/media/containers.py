@@ -57,7 +57,7 @@ def container_format(data: bytes) -> str:
         return "ogg"
     if head[:3] == b"FLV":
         return "flv"
-    if head[:1] == b"G":
+    if head[:1] == b"G" or _ts_layout(data) is not None:
         return "mpegts"
     raise BadData(
         "decode-failed", "not a clip of a known container (mp4, webm, mkv, avi, ogg, flv, ts, gif, webp)"
@@ -110,6 +110,17 @@ def refuse_cut(data: bytes, stream: VideoStream) -> None:
         _CHECKS[kind](data)
 
 
+def _ts_layout(data: bytes) -> tuple[int, int] | None:
+    """Where the first packet of a transport stream begins, and bytes from one to the next: of discs and cameras
+    (m2ts) 4 come before each packet, of broadcasts 16 may come after it.
+    """
+    for first, size in ((0, _TS_PACKET), (4, 192), (0, 204)):
+        places = [first + size * number for number in range(4) if first + size * number < len(data)]
+        if len(places) > 1 and all(data[place] == _SYNC for place in places):
+            return first, size
+    return None
+
+
 def _missing(what: str) -> BadData:
     return BadData("decode-failed", f"{what}: the clip is cut or broken")
 
@@ -136,11 +147,11 @@ def _refuse_cut_transport_stream(data: bytes, pid: int) -> None:
 
     There a programme table comes before the next picture, and that picture can be decoded without another.
     """
-    size = 204 if len(data) > 204 and data[204] == _SYNC and data[_TS_PACKET] != _SYNC else _TS_PACKET
+    first, size = _ts_layout(data) or (0, _TS_PACKET)
     whole = len(data) // size
     if len(data) % size and any(data[whole * size :]):
         raise _missing(f"{len(data) % size} bytes are left behind its last whole packet")
-    packets = np.frombuffer(data, np.uint8, whole * size).reshape(whole, size)
+    packets = np.frombuffer(data, np.uint8, whole * size).reshape(whole, size)[:, first:]
     damaged = (packets[:, 0] != _SYNC) | (packets[:, 1] & 0x80 != 0)
     if damaged.any():
         raise _missing(f"the packet at byte {int(damaged.argmax()) * size} is damaged")

@@ -57,9 +57,17 @@ def test_the_reference_itself_is_what_its_numbers_say(plain):
     assert plain["training"] == [2, 7, 12, 16, 21, 26, 31, 36, 40, 45]
 
 
+def _spaced(data: bytes, before: int, behind: int) -> bytes:
+    """A transport stream with so many bytes before and behind each packet."""
+    packets = (data[place : place + 188] for place in range(0, len(data), 188))
+    return b"".join(bytes(before) + packet + bytes(behind) for packet in packets)
+
+
 PLAIN_CONTENT = {
     "ts": lambda: clip("mpegts", gop=30),
     "ts, one keyframe": lambda: clip("mpegts", gop=250),
+    "m2ts": lambda: _spaced(clip("mpegts"), 4, 0),
+    "ts of a broadcast": lambda: _spaced(clip("mpegts"), 0, 16),
     "ts, MPEG-2": lambda: clip("mpegts", codec="mpeg2video", b_frames=2, options=FINE),
     "ts, HEVC": lambda: clip("mpegts", codec="libx265", options={"x265-params": "log-level=none"}),
     "ts, open GOP": lambda: clip("mpegts", options={"x264-params": "open-gop=1"}),
