@@ -48,9 +48,9 @@ from sharding.manifest import (
     canonical_digest,
     load_manifest,
 )
-from sharding.media import MediaInfo, decoding, probe_image, probe_video
+from sharding.media import MediaInfo, probe_image
 from sharding.media.stills import refuse_still
-from sharding.media.video import clip_packets, is_animation, open_clip, video_stream
+from sharding.media.video import clip_info
 from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import public_address
 from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, reading
@@ -448,16 +448,8 @@ def _facts(description: bytes) -> dict[str, str]:
 
 
 def _probe(data: bytes, modality: Modality) -> MediaInfo:
-    """Size, and of a clip the frames and seconds, from headers and packet times; nothing is decoded."""
+    """Size, and of a clip the frames and seconds, from headers and packet times; of a clip one frame is decoded."""
     if modality == "image":
         return probe_image(data)
     refuse_still(data)
-    info = probe_video(data)
-    if is_animation(data):
-        return info
-    with decoding(), open_clip(data) as container:
-        stream = video_stream(container, info.width * info.height)
-        times = clip_packets(container, stream).times
-        step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0
-        seconds = float((times[-1] - times[0] + step) * (stream.time_base or 0))
-        return MediaInfo(info.width, info.height, len(times), round(seconds, 6))
+    return clip_info(data)
