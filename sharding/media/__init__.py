@@ -10,6 +10,7 @@ The same input gives the same output bytes: one encoder thread, no time stamps.
 ``untrusted``       the limits, and what decoders raise, as ``BadData``
 ``images``          probing, decoding, encoding of images
 ``colour``          any colour mode to 8-bit sRGB
+``hdr``             HDR and wide-gamut colours to sRGB
 ``video``           reading clips: their containers, packets, frames
 ``transcode``       clips to H.264
 ``frames``          images taken from clips
