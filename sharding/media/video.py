@@ -14,8 +14,9 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media.colour import composited, eight_bits, to_srgb
-from sharding.media.images import open_image, probe_image
+from sharding.media.images import probe_image
 from sharding.media.info import MediaInfo
+from sharding.media.stills import open_image
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
 
 if TYPE_CHECKING:
