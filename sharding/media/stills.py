@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from sharding.errors import BadData
 from sharding.media.colour import curve_table, eight_bits, is_deep, matrix_profile, shallow_grey
 from sharding.media.formats import is_heic, is_raw_photograph, refused_format
+from sharding.media.gif import Gif
 from sharding.media.hdr import needs_mapping, to_sdr
 from sharding.media.png import Png, is_png
 from sharding.media.untrusted import refuse_large
@@ -74,11 +75,11 @@ def open_still(data: bytes, max_pixels: int) -> Still:
         return _png(data, max_pixels)
     if is_heic(data):
         return _heic(data, max_pixels)
+    if data[:4] == b"GIF8":
+        return _gif(data, max_pixels)
     image = open_image(data, max_pixels)
     if image.format == "TIFF":
         return _tiff(data, image)
-    if image.format == "GIF":
-        return _gif(image)
     if image.format == "AVIF":
         return _avif(data, image)
     white = 65_535 if image.format == "PPM" and image.mode == "I" else None  # PIL has scaled it
@@ -98,7 +99,7 @@ def open_still(data: bytes, max_pixels: int) -> Still:
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The header, read by PIL; pixels are not decoded yet. Of animations in the first place; images: ``open_still``.
+    """The header, read by PIL; pixels are not decoded yet. For animated WebP; images: ``open_still``.
 
     Raises:
         BadData: as ``open_still``.
@@ -208,29 +209,9 @@ def _opens(data: bytes) -> bool:
 # ---------------------------------------------------------------- gif
 
 
-def _gif(image: Image.Image) -> Still:
-    frames = getattr(image, "n_frames", 1)
-    image.seek(0)
-    return Still(
-        format="GIF",
-        size=image.size,
-        pixels=lambda: _gif_pixels(image),
-        frames=frames,
-        single=frames == 1,
-        opened=image,
-    )
-
-
-def _gif_pixels(image: Image.Image) -> Image.Image:
-    """The first frame; transparent where it does not cover the canvas, which PIL fills with a colour."""
-    place = image.tile[0].extents if image.tile else None
-    image.load()
-    picture = eight_bits(image)
-    if place is None or place == (0, 0, *image.size):
-        return picture
-    canvas = Image.new("RGBA", image.size)
-    canvas.paste(picture.crop(place).convert("RGBA"), place[:2])
-    return canvas
+def _gif(data: bytes, max_pixels: int) -> Still:
+    gif = Gif(data, max_pixels)
+    return Still("GIF", gif.size, gif.first, frames=len(gif), single=len(gif) == 1)
 
 
 # ---------------------------------------------------------------- tiff

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media.colour import composited, eight_bits, to_srgb
+from sharding.media.gif import Gif
 from sharding.media.images import probe_image
 from sharding.media.info import MediaInfo
 from sharding.media.stills import open_image
@@ -243,11 +244,20 @@ def _animation_frames(data: bytes, places: np.ndarray, max_pixels: int) -> np.nd
 def animation(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]:
     """(time in seconds, uint8 [H, W, 3]) of each frame of an animated WebP or GIF."""
     milliseconds = 0.0
+    for picture, shown in _pictures(data, max_pixels):
+        yield milliseconds / 1000, np.asarray(composited(picture, "white"))
+        # Browsers show frames of 10 ms and less for 100 ms.
+        milliseconds += shown if shown > 10 else 100.0
+
+
+def _pictures(data: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, float]]:
+    """(RGB or RGBA, milliseconds as the file has them) of each frame."""
+    if container_format(data) == "gif":
+        yield from Gif(data, max_pixels).shown()
+        return
     with open_image(data, max_pixels) as image:
         profile = image.info.get("icc_profile")
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
-            yield milliseconds / 1000, np.asarray(composited(to_srgb(eight_bits(image), profile), "white"))
-            # Browsers show frames of 10 ms and less for 100 ms.
-            shown = float(image.info.get("duration", 0) or 0)
-            milliseconds += shown if shown > 10 else 100.0
+            picture = to_srgb(eight_bits(image), profile)  # which loads it, and so knows how long it is shown
+            yield picture, float(image.info.get("duration", 0) or 0)
