@@ -1,7 +1,7 @@
 """GIF as browsers show it: frames composed on a transparent canvas.
 
-The blocks of the file are read here, and PIL decodes each frame as a GIF of its own. PIL's own composition fills what no
-frame covers, and what a frame leaves behind, with a colour of the palette; browsers show what lies below.
+The blocks of the file are read here, and PIL decodes each frame as a GIF of its own. PIL's own composition fills what
+no frame covers, and what a frame leaves behind, with a colour of the palette; browsers show what lies below.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, ImagePalette, UnidentifiedImageError
+from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from sharding.errors import BadData
 from sharding.media.colour import curve_table, eight_bits, is_deep, matrix_profile, shallow_grey
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112
-_TAG_BITS, _TAG_PHOTOMETRIC, _TAG_SAMPLES = 258, 262, 339
+_TAG_BITS, _TAG_PHOTOMETRIC, _TAG_PALETTE, _TAG_SAMPLES = 258, 262, 320, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+# What PIL's table of TIFF's kinds of samples leaves out, though it can read them.
+OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+OPEN_INFO.setdefault((b"MM", 1, (1,), 1, (32,), ()), ("I", "I;32B"))
 # Of a WebP's extended header: where its flags lie, and two of them.
 _WEBP_FLAGS, _WEBP_ANIMATED, _WEBP_ALPHA = 20, 0x02, 0x10
 
@@ -110,11 +113,13 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        name = refused_format(data)
+        name, reason = refused_format(data), _refused_tiff(data)
         if name is not None:
             raise BadData(
                 f"unsupported-{name}", f"the file is of the format {name}, which is not read"
             ) from None
+        if reason is not None:
+            raise BadData("unsupported-tiff", f"a TIFF whose samples are not read: {reason}") from None
         raise
     refuse_large(image.width, image.height, max_pixels)
     return image
@@ -235,7 +240,14 @@ def _tiff_pixels(image: TiffImageFile) -> Image.Image:
     tags = image.tag_v2
     bits, samples = tags.get(_TAG_BITS, (1,))[0], tags.get(_TAG_SAMPLES, (_UNSIGNED,))[0]
     inverted = tags.get(_TAG_PHOTOMETRIC) == _WHITE_IS_ZERO
+    premultiplied = _read_planes_as_written(image, bits)
+    colours = tags.get(_TAG_PALETTE, ())
+    if image.mode in ("P", "PA") and max(colours, default=0) < 256:
+        # 8 bits, against the specification; libtiff and what builds on it take them so.
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
     image.load()
+    if premultiplied:
+        return Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA")
     if not is_deep(image):
         return eight_bits(image)
     values, white = np.asarray(image), None
@@ -246,6 +258,33 @@ def _tiff_pixels(image: TiffImageFile) -> Image.Image:
     grey = shallow_grey(values, white)
     # PIL inverts samples of 8 bits and fewer, and no others.
     return Image.fromarray(255 - np.asarray(grey)) if inverted else grey
+
+
+def _read_planes_as_written(image: TiffImageFile, bits: int) -> bool:
+    """PIL takes the samples of uncompressed planes for 8 bits, and knows no plane of alpha that they are multiplied by.
+
+    Returns:
+        whether the samples that will be loaded are multiplied by their alpha.
+    """
+    planes = [tile.args[0] for tile in image.tile if isinstance(tile.args, tuple)]
+    if not planes or not set(planes) <= set("RGBAa"):
+        return False
+    deeper = "" if bits == 8 else ";16B" if image.tag_v2.prefix == b"MM" else ";16L"
+    image.tile = [tile._replace(args=(tile.args[0].upper() + deeper, *tile.args[1:])) for tile in image.tile]
+    return "a" in planes
+
+
+def _refused_tiff(data: bytes) -> str | None:
+    """Why PIL reads no samples of a TIFF of this kind; ``None``: it is damaged, or no TIFF."""
+    if data[:4] == b"MM\0+":
+        return "BigTIFF of the byte order that is less usual"
+    try:
+        TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        return str(error) if str(error) in ("unknown pixel mode", "unknown data organization") else None
+    except (ValueError, OSError, EOFError, KeyError, TypeError, IndexError, OverflowError, struct.error):
+        return None
+    return None
 
 
 # ---------------------------------------------------------------- avif and heic
