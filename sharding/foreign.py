@@ -49,7 +49,7 @@ from sharding.manifest import (
     load_manifest,
 )
 from sharding.media import MediaInfo, probe_image
-from sharding.media.stills import refuse_still
+from sharding.media.single_frame import refuse_still
 from sharding.media.video import clip_info
 from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import public_address

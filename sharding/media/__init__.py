@@ -12,6 +12,9 @@ The same input gives the same output bytes: one encoder thread, no time stamps.
 ``colour``          any colour mode to 8-bit sRGB
 ``hdr``             HDR and wide-gamut colours to sRGB
 ``containers``      the containers of clips: their video stream, and whether bytes are missing
+``stills``          opening an image of any format; ``png`` and ``gif`` read theirs themselves
+``formats``         formats by their first bytes
+``single_frame``    telling still images from clips
 ``picture``         a decoded frame as a player shows it
 ``video``           reading clips: which frames are shown, and when
 ``transcode``       clips to H.264

@@ -22,16 +22,19 @@ import numpy as np
 from sharding.errors import BadData
 from sharding.media.colour import composited, eight_bits, to_srgb
 from sharding.media.containers import container_format, is_animation, open_clip, refuse_cut, video_stream
-from sharding.media.images import open_image, probe_image
+from sharding.media.gif import Gif
+from sharding.media.images import probe_image
 from sharding.media.info import MediaInfo
 from sharding.media.picture import shown
 from sharding.media.resizing import resized_pixels
+from sharding.media.stills import open_image
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
 
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
     from av.video.stream import VideoStream
+    from PIL import Image
 
 # A frame that is shown for longer than this, in seconds, and far longer than usual, tells of a clock that was set. It
 # takes less in containers that broadcasts and streams are recorded to (as much as in FFmpeg): they keep the sender's.
@@ -432,11 +435,20 @@ def _animation_frames(data: bytes, places: np.ndarray, max_pixels: int) -> np.nd
 def animation(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]:
     """(time in seconds, uint8 [H, W, 3]) of each frame of an animated WebP or GIF."""
     milliseconds = 0.0
+    for picture, lasts in _pictures(data, max_pixels):
+        yield milliseconds / 1000, np.asarray(composited(picture, "white"))
+        # Browsers show frames of 10 ms and less for 100 ms.
+        milliseconds += lasts if lasts > 10 else 100.0
+
+
+def _pictures(data: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, float]]:
+    """(RGB or RGBA, milliseconds as the file has them) of each frame."""
+    if container_format(data) == "gif":
+        yield from Gif(data, max_pixels).shown()
+        return
     with open_image(data, max_pixels) as image:
         profile = image.info.get("icc_profile")
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
-            yield milliseconds / 1000, np.asarray(composited(to_srgb(eight_bits(image), profile), "white"))
-            # Browsers show frames of 10 ms and less for 100 ms.
-            lasts = float(image.info.get("duration", 0) or 0)
-            milliseconds += lasts if lasts > 10 else 100.0
+            picture = to_srgb(eight_bits(image), profile)  # which loads it, and so knows how long it is shown
+            yield picture, float(image.info.get("duration", 0) or 0)

@@ -13,7 +13,7 @@ from sharding.media.config import ImageConfig, VideoConfig
 from sharding.media.frames import frames_of
 from sharding.media.images import encode_image, probe_image
 from sharding.media.info import Encoded, MediaInfo
-from sharding.media.stills import refuse_still
+from sharding.media.single_frame import refuse_still
 from sharding.media.transcode import cut_video
 from sharding.media.video import probe_video
 

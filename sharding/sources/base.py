@@ -18,7 +18,10 @@ from sharding.storage import ExactPath
 
 _json = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is called for every row of a corpus
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".heic", ".heif", ".hif",
+)  # fmt: skip
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".flv", ".ts", ".gif", ".webp")
 
 

@@ -30,7 +30,7 @@ from tests.sharding.preparation import StoredSample, prepare_files
 _GOOD = 3
 _LEVELS = [40 * (number + 1) for number in range(_GOOD)]  # the grey of each good picture or clip
 _CUT = "cut"
-_NOT_MEDIA = b"<html><body>404 Not Found</body></html>"
+_NOT_MEDIA = b"neither a picture nor a clip"
 
 
 def _still(level: int) -> bytes:
