@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,17 +130,58 @@ def _refuse_cut_mp4(data: bytes, stream: VideoStream) -> None:
     last = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if last > len(data):
         raise _missing(f"its frames end at byte {last} of {len(data)}")
-    place, fragments = 0, False
-    while place + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, place)
-        if size == 1 and place + 16 <= len(data):
-            size = struct.unpack_from(">Q", data, place + 8)[0]
-        if size < 8:
-            return  # the last box, to the end of the file, or bytes behind the last one
+    fragments = False
+    for kind, _, end in _boxes(data, 0, len(data)):
         fragments = fragments or kind == b"moof"
-        if place + size > len(data) and fragments and kind in (b"moof", b"mdat"):
-            raise _missing(f"its box {kind.decode()} ends at byte {place + size} of {len(data)}")
+        if fragments and end > len(data) and kind in (b"moof", b"mdat"):
+            raise _missing(f"its box {kind.decode()} ends at byte {end} of {len(data)}")
+
+
+def _boxes(data: bytes, place: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, where its payload begins, where it ends) of the boxes between two places."""
+    while place + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, place)
+        body = place + 8
+        if size == 1 and place + 16 <= stop:
+            size, body = struct.unpack_from(">Q", data, place + 8)[0], place + 16
+        if size < body - place:
+            return  # the last box, to the end of the file, or bytes behind the last one
+        yield kind, body, place + size
         place += size
+
+
+def refuse_unshown_edits(data: bytes, stream: VideoStream) -> None:
+    """Raises ``BadData("unsupported-edit-list")`` where FFmpeg would show other than the edit list of an mp4 says.
+
+    That is where nothing is to be shown between two parts, or a part at another speed.
+    """
+    if container_format(data) != "mp4":
+        return
+    for kind, begin, end in _boxes(data, 0, len(data)):
+        if kind == b"moov":
+            for track, body, stop in _boxes(data, begin, min(end, len(data))):
+                if track == b"trak":
+                    _refuse_unshown(data, body, min(stop, len(data)), stream.id)
+
+
+def _refuse_unshown(data: bytes, begin: int, end: int, track: int) -> None:
+    inside = {kind: (body, min(stop, end)) for kind, body, stop in _boxes(data, begin, end)}
+    if b"tkhd" not in inside or b"edts" not in inside:
+        return
+    header = inside[b"tkhd"][0]
+    number = data[header + (20 if data[header] == 1 else 12) :][:4]
+    lists = [body for kind, body, _ in _boxes(data, *inside[b"edts"]) if kind == b"elst"]
+    if int.from_bytes(number, "big") != track or not lists:
+        return
+    entry = struct.Struct(">Qqhh" if data[lists[0]] == 1 else ">Iihh")
+    first = lists[0] + 8
+    count = int.from_bytes(data[first - 4 : first], "big")
+    stop = min(first + count * entry.size, inside[b"edts"][1])
+    whole = first + (stop - first) // entry.size * entry.size
+    for place, (_, time, rate, part) in enumerate(entry.iter_unpack(data[first:whole])):
+        if (time == -1 and place > 0) or (time != -1 and (rate not in (0, 1) or part != 0)):
+            what = "a pause" if time == -1 else f"a part at {rate + part / 65536:g} times its speed"
+            raise BadData("unsupported-edit-list", f"the clip's edit list has {what}")
 
 
 def _refuse_cut_transport_stream(data: bytes, pid: int) -> None:

@@ -27,13 +27,15 @@ _ROTATIONS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
 _SD = (1279, 576)  # width and height, at most, of what is taken for BT.601 where a file does not say
 
 
-def shown(frame: av.VideoFrame, ratio: Fraction | None) -> np.ndarray:
+def shown(frame: av.VideoFrame, ratio: Fraction | None, shorter: int | None = None) -> np.ndarray:
     """uint8 [H, W, 3]: ``upright``, with square pixels.
 
     Args:
         ratio: width of a stored pixel over its height.
+        shorter: pixels of the shorter side that the picture will be shrunk to, if it has more: a large one in HDR is
+            brought near to that before its costly colours are mapped.
     """
-    pixels = upright(frame)
+    pixels = upright(frame, shorter if ratio in (None, 0, 1) else None)
     if not ratio or ratio == 1 or not Fraction(1, 10) < ratio < 10:
         return pixels
     if turned(frame):
@@ -41,16 +43,19 @@ def shown(frame: av.VideoFrame, ratio: Fraction | None) -> np.ndarray:
     return resized_pixels(pixels, (max(1, round(pixels.shape[1] * ratio)), pixels.shape[0]))
 
 
-def upright(frame: av.VideoFrame) -> np.ndarray:
+def upright(frame: av.VideoFrame, shorter: int | None = None) -> np.ndarray:
     """uint8 [H, W, 3]: sRGB, alpha composited on white, the display matrix of the container applied.
+
+    Args:
+        shorter: as for ``shown``.
 
     Raises:
         BadData: ``unsupported-colour``.
     """
-    return np.ascontiguousarray(_oriented(_srgb(frame), _matrix(frame)))
+    return np.ascontiguousarray(_oriented(_srgb(frame, shorter), _matrix(frame)))
 
 
-def _srgb(frame: av.VideoFrame) -> np.ndarray:
+def _srgb(frame: av.VideoFrame, shorter: int | None) -> np.ndarray:
     matrix, transfer, primaries = frame.colorspace, frame.color_trc, frame.color_primaries
     if matrix not in _MATRICES:
         raise BadData("unsupported-colour", f"matrix coefficients {matrix} (ITU-T H.273) are not known")
@@ -61,10 +66,25 @@ def _srgb(frame: av.VideoFrame) -> np.ndarray:
         rgba = frame.to_ndarray(format="rgba", src_colorspace=source, threads=1)
         pixels = np.asarray(composited(Image.fromarray(rgba), "white"))
     elif needs_mapping(transfer, primaries):
-        pixels = frame.to_ndarray(format="rgb48le", src_colorspace=source, threads=1)
+        factor = _factor(frame.width, frame.height, shorter)
+        width, height = frame.width // factor, frame.height // factor
+        pixels = frame.to_ndarray(
+            format="rgb48le",
+            src_colorspace=source,
+            width=width,
+            height=height,
+            interpolation="AREA" if factor > 1 else None,
+            threads=1,
+        )
     else:
         return frame.to_ndarray(format="rgb24", src_colorspace=source, threads=1)
     return to_sdr(pixels, transfer, primaries)
+
+
+def _factor(width: int, height: int, shorter: int | None) -> int:
+    """The largest by which both sides can be divided, and twice the wanted pixels are left."""
+    most = 1 if shorter is None else min(width, height) // (2 * shorter)
+    return next((factor for factor in range(most, 1, -1) if not width % factor and not height % factor), 1)
 
 
 def _guessed_matrix(frame: av.VideoFrame) -> str | None:

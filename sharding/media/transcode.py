@@ -71,7 +71,7 @@ def cut_video(data: bytes, config: VideoConfig) -> Iterator[Encoded | BadData]:
         yield fitting
         return
     with decoding():
-        rate, source = _source(data, config.max_pixels)
+        rate, source = _source(data, config)
     fps = _stored_rate(rate, config)
     length = max(1, min(config.max_frames, math.floor(config.clip_s * float(fps) + 1e-6)))
     clips = config.max_clips if config.clips == "all" else 1
@@ -112,23 +112,23 @@ def _checked(frames: Iterator[tuple[float, _Frame]]) -> Iterator[tuple[float, _F
         yield item
 
 
-def _source(data: bytes, max_pixels: int) -> tuple[float, Iterator[tuple[float, _Frame]]]:
+def _source(data: bytes, config: VideoConfig) -> tuple[float, Iterator[tuple[float, _Frame]]]:
     """Usual frames per second, and every frame with its time in seconds from the first, in the order of times."""
     if is_animation(data):
-        times = [time for time, _ in islice(animation(data, max_pixels), _FRAMES_MEASURED)]
-        pictures = animation(data, max_pixels)
+        times = [time for time, _ in islice(animation(data, config.max_pixels), _FRAMES_MEASURED)]
+        pictures = animation(data, config.max_pixels)
         return usual_rate(times), ((time, partial(_itself, picture)) for time, picture in pictures)
-    packets, frames = shown_frames(data, max_pixels)
-    return packets.rate, ((time, partial(_picture, frame, packets)) for time, frame in frames)
+    packets, frames = shown_frames(data, config.max_pixels)
+    return packets.rate, ((time, partial(_picture, frame, packets, config.resize)) for time, frame in frames)
 
 
 def _itself(picture: np.ndarray) -> np.ndarray:
     return picture
 
 
-def _picture(frame: av.VideoFrame, packets: Packets) -> np.ndarray:
+def _picture(frame: av.VideoFrame, packets: Packets, shorter: int | None) -> np.ndarray:
     with decoding():
-        return shown(frame, packets.pixel_ratio)
+        return shown(frame, packets.pixel_ratio, shorter)
 
 
 def _at_rate(

@@ -21,7 +21,14 @@ import numpy as np
 
 from sharding.errors import BadData
 from sharding.media.colour import composited, eight_bits, to_srgb
-from sharding.media.containers import container_format, is_animation, open_clip, refuse_cut, video_stream
+from sharding.media.containers import (
+    container_format,
+    is_animation,
+    open_clip,
+    refuse_cut,
+    refuse_unshown_edits,
+    video_stream,
+)
 from sharding.media.gif import Gif
 from sharding.media.images import probe_image
 from sharding.media.info import MediaInfo
@@ -201,6 +208,7 @@ def shown_frames(data: bytes, max_pixels: int) -> tuple[Packets, Iterator[tuple[
         stream = video_stream(container, max_pixels)
         packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
+        refuse_unshown_edits(data, stream)
     return packets, _decoded(data, kind, packets, max_pixels)
 
 
@@ -274,6 +282,7 @@ def chosen_frames(
         stream = video_stream(container, max_pixels)
         packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
+        refuse_unshown_edits(data, stream)
         if packets.jumps:
             wanted = [packets.times[place] for place in choose(packets.seconds, packets.lasts)]
             try:
@@ -355,6 +364,7 @@ def clip_info(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
         stream = video_stream(container, max_pixels)
         packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
+        refuse_unshown_edits(data, stream)
     for _, frame in _decoded(data, kind, packets, max_pixels):
         height, width = shown(frame, packets.pixel_ratio).shape[:2]
         return MediaInfo(width, height, len(packets.times), round(packets.lasts, 6))

@@ -130,10 +130,10 @@ def children(data: bytes) -> list[tuple[bytes, int, int]]:
     return boxes
 
 
-def with_edits(data: bytes, edits: Sequence[tuple[int, int]]) -> bytes:
+def with_edits(data: bytes, edits: Sequence[tuple[int, int]], rate: int = 1) -> bytes:
     """The same mp4 (moov last), of which players show ``count`` frames from ``first`` on, for each (first, count).
 
-    ``first`` -1: nothing is shown for the time of ``count`` frames.
+    ``first`` -1: nothing is shown for the time of ``count`` frames. ``rate``: the speed of what is shown.
     """
     boxes = {kind: data[begin:end] for kind, begin, end in children(data)}
     moov = boxes[b"moov"][8:]
@@ -141,7 +141,9 @@ def with_edits(data: bytes, edits: Sequence[tuple[int, int]]) -> bytes:
     entries = b""
     for first, count in edits:
         begin = -1 if first < 0 else round(first * timescales[1] / FPS)
-        entries += struct.pack(">Iihh", round(count * timescales[0] / FPS), begin, 1, 0)
+        entries += struct.pack(
+            ">Iihh", round(count * timescales[0] / FPS), begin, 1 if first < 0 else rate, 0
+        )
     elst = bytes(4) + struct.pack(">I", len(edits)) + entries
     edts = _box(b"edts", _box(b"elst", elst))
     inside = b""

@@ -106,6 +106,17 @@ def test_hdr_is_stored_as_sdr(transfer):
         assert np.abs(shown - COLOURS)[1:].max() <= 6
 
 
+def test_hdr_that_is_shrunk_keeps_its_colours():
+    code = CURVES[16](light(COLOURS) @ TO_2020.T * 203)
+    data = _coded(code, matrix=9, transfer=16, primaries=9, bits=10)
+    for shorter in (16, 20, 64):
+        encoded = transcode_video(data, VideoConfig(resize=shorter, crf=2))
+        assert (encoded.info.width, encoded.info.height) == (shorter * 3 // 2 // 2 * 2, shorter // 2 * 2)
+        shown = decode_video(encoded.data, 1)[0]
+        patches = shown[shorter // 4 :: shorter // 2, shorter // 4 :: shorter // 2][:2, :3].reshape(-1, 3)
+        assert np.abs(patches.astype(int) - COLOURS)[1:].max() <= 8
+
+
 @pytest.mark.parametrize(("primaries", "matrix", "wide"), [(9, 9, TO_2020), (12, 1, TO_P3)])
 def test_wide_gamuts_are_stored_as_srgb(primaries, matrix, wide):
     linear = np.clip(light(COLOURS) @ wide.T, 0, 1)

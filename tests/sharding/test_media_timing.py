@@ -134,6 +134,15 @@ def test_an_edit_list_shows_its_part_and_hides_the_rest():
         assert clip_info(edited).frames == count
 
 
+def test_edit_lists_that_ffmpeg_does_not_follow_are_refused_by_name():
+    data = clip(b_frames=0)
+    for edited in (with_edits(data, [(0, 20), (-1, 25), (20, 20)]), with_edits(data, [(0, 40)], rate=2)):
+        assert causes(edited) == {"unsupported-edit-list"}
+        with pytest.raises(BadData, match="unsupported-edit-list"):
+            decode_video(edited, 2)
+    assert clip_shows(with_edits(data, [(0, 20), (0, 20)]), fps=25) == [*range(20), *range(20)]
+
+
 def test_a_clip_that_hides_frames_or_jumps_is_not_kept_byte_for_byte():
     fits = {"keyframe_interval": 25, "clip_s": 10}
     data = clip(b_frames=0)
@@ -152,7 +161,7 @@ def test_a_clip_that_hides_frames_or_jumps_is_not_kept_byte_for_byte():
 def test_no_clip_lasts_longer_than_it_may(container, times):
     data = clip(container, range(len(times)), times=times, b_frames=0)
     for config in ({"clip_s": 3}, {"clip_s": 0.3}, {"clip_s": 7, "fps": 0.05}):
-        for encoded in cut_video(data, VideoConfig(clips="all", **config)):
+        for encoded in cut_video(data, VideoConfig(clips="all", max_clips=3, **config)):
             with av.open(io.BytesIO(encoded.data)) as container_:
                 lasts = container_.streams.video[0].duration * container_.streams.video[0].time_base
             assert encoded.info.duration <= config["clip_s"] + 1e-6
