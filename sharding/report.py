@@ -56,7 +56,9 @@ def _hint(manifest: Manifest) -> str:
         return ""
     text = f"{manifest.name}: {number:,} samples were dropped as copies though their captions are others"
     if manifest.configuration.get("source", {}).get("kind") in ("table", "huggingface"):
-        text += " (source.group_by: COLUMN makes one sample of the rows of a picture or clip, with all captions)"
+        text += (
+            " (source.group_by: COLUMN makes one sample of the rows of a picture or clip, with all captions)"
+        )
     return text
 
 
