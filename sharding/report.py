@@ -54,10 +54,10 @@ def _hint(manifest: Manifest) -> str:
     number = manifest.counts.dropped.get(OTHER_CAPTION, 0)
     if not number:
         return ""
-    text = f"{manifest.name}: {number:,} dropped copies had captions that no equal sample before them has"
+    text = f"{manifest.name}: {number:,} samples were dropped as copies though their captions are others"
     if manifest.configuration.get("source", {}).get("kind") in ("table", "huggingface"):
         text += (
-            "; source.group_by makes one sample of the rows of one picture or clip, with all their captions"
+            " (source.group_by: COLUMN makes one sample of the rows of a picture or clip, with all captions)"
         )
     return text
 

@@ -191,8 +191,8 @@ class CaptionFilter(FilterBlock):
     """Length and characters of each caption. A caption that fails is left out; a sample without captions left is
     dropped. Shares are of the characters that are no spaces, or of the words.
 
-    ``min_letters`` counts the letters of any alphabet; ``max_repeated_characters`` those equal to the one before
-    ("!!!!!"), ``max_repeated_words`` the words that the caption had before ("buy buy buy").
+    ``min_letters`` counts the letters of any alphabet, with their marks; ``max_repeated_characters`` those equal to the
+    one before ("!!!!!"), ``max_repeated_words`` the words that the caption had before ("buy buy buy").
     """
 
     level: ClassVar[Level] = "caption"

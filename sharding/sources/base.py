@@ -54,7 +54,7 @@ class Input:
         sidecar: the file that holds the captions (a folder's).
         not_text: how many captions were given that are no text.
         problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
-        reason: of the problem, in words.
+        reason: of the problem, in words; of captions that are no text, where they stand.
         offset: of the media in the tar, in bytes; None where the file is the media.
         size: of the media in bytes, where the listing knows it; another size later is a fault.
         row: the number of the row that holds the media (Hugging Face).

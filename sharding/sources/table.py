@@ -71,24 +71,25 @@ class TableListing:
     def _grouped(self, column: str) -> Iterator[Input]:
         """An input of all rows that are equal in ``column``. A row that belongs to no others is one by itself."""
         for rows in grouped(self._keyed(column), column):
-            first, captions, not_text = None, list[str](), 0
-            others = []
-            for path, number, address, texts, other, reason in rows:
-                item = self._input(path, number, address, texts, other)
+            first: Input | None = None
+            place, captions, others = "", list[str](), list[Input]()
+            for path, number, address, texts, not_text, reason in rows:
+                item = self._input(path, number, address, texts, not_text)
                 if reason:
                     item = self._bad(path, Row(number, None, reason))
-                if first is None and item.problem is None:
-                    first, place = item, f"{escape_name(path)}:{number}"
                 if item.problem is not None:
                     others.append(item)
+                elif first is None:
+                    first, place, captions = item, f"{escape_name(path)}:{number}", [*texts]
                 elif item.media != first.media:
                     reason = f"it names other media than {place}, though {column!r} is the same"
                     others.append(self._bad(path, Row(number, None, reason)))
                 else:
                     captions += texts
-                    not_text += other
+                    not_text += first.not_text
+                    first = replace(first, not_text=not_text, reason=first.reason or item.reason)
             if first is not None:
-                yield replace(first, captions=captions, not_text=not_text)
+                yield replace(first, captions=captions)
             yield from others
 
     def _keyed(self, column: str) -> Iterator[tuple[Any, list[Any]]]:
@@ -101,7 +102,7 @@ class TableListing:
             captions, not_text = self._captions(row.cells)
             address = address if isinstance(address, str) else None
             key = key.strip() if isinstance(key, str) else key
-            usable = isinstance(key, str | int | float) and key != "" and has_text_alone(key)
+            usable = isinstance(key, str | int | float) and key == key and key != "" and has_text_alone(key)
             reason = (
                 "" if usable or column == self._config.media_column else f"it has no {column!r} to group by"
             )
@@ -195,7 +196,8 @@ class TableListing:
             media = self._address(path, address.strip())
         except BadData as fault:
             return Input(address=place, problem=fault.cause, reason=fault.detail)
-        return Input.at(media, captions=captions, not_text=not_text)
+        reason = f"not text in {place}" if not_text else None
+        return Input.at(media, captions=captions, not_text=not_text, reason=reason)
 
     def _address(self, path: str, name: str) -> Address:
         if self._config.url_column is not None:

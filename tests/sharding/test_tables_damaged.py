@@ -198,6 +198,9 @@ def test_cells_of_parquet_that_are_not_text_cost_their_row(tmp_path, what):
     not_text = [int((what == "not UTF-8" and n == 1) or what not in ("not UTF-8", "null")) for n in range(3)]
     assert [item.not_text for item in found] == not_text
     assert [item.captions[0] for item in found] == ["x", "x", "x"]
+    assert [item.reason for item in found] == [
+        f"not text in t.parquet:{n}" if other else None for n, other in enumerate(not_text, start=1)
+    ]
 
 
 @pytest.mark.parametrize("how", ["plain", "dictionary", "list"])

@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 
+from sharding import foreign
 from sharding.captions import NotText, is_text, stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.foreign import index_shards
@@ -19,6 +20,7 @@ from sharding.sources.tars import Truncated, walk_tar
 from sharding.storage import open_storage
 from sharding.tarnames import split_name
 from sharding.tarwalk import TarWalk
+from sharding.verify import verify
 from tests.sharding.foreign_tars import write_tar
 from tests.sharding.listings import configured, fetched
 from tests.sharding.real_media import picture
@@ -220,6 +222,37 @@ def test_captions_of_other_programs_are_text_or_none(description, text, captions
     else:
         with pytest.raises(captions):
             stored_captions(data, text, "caption")
+
+
+def test_a_caption_that_no_tokenizer_reads_in_shards_that_are_there_is_masked_with_its_key(
+    tmp_path, monkeypatch
+):
+    members = []
+    for number in range(3):
+        caption = f"number {number}" + (HALF if number == 1 else "")
+        members += [
+            (f"{number}.jpg", picture(number)),
+            (f"{number}.json", json.dumps({"caption": caption}).encode()),
+        ]
+    write_tar(tmp_path / "0.tar", members)
+    # As a version of this program indexed it that did not look.
+    monkeypatch.setattr(foreign, "stored_captions", lambda value, words, field: [json.loads(value)[field]])
+    storage = open_storage(tmp_path)
+    manifest = index_shards(storage, "image")
+    found = dict(ShardReader(storage, manifest).read_many([(0, row) for row in range(3)]))
+    assert [found[row].captions for row in (0, 2)] == [["number 0"], ["number 2"]]
+    assert (found[1].cause, "0.tar, key 1" in found[1].detail) == ("bad-json", True)
+    assert [(fault.cause, fault.key) for fault in verify(storage, manifest).faults] == [("bad-json", "1")]
+
+
+def test_a_key_that_was_left_out_is_told_with_its_reason(tmp_path):
+    good = [("a.jpg", picture(0)), ("a.txt", b"x")]
+    write_tar(tmp_path / "0.tar", [*good, ("b.jpg", picture(1)), ("b.txt", b"\xff")])
+    storage = open_storage(tmp_path)
+    manifest = index_shards(storage, "image", bad_limit=0.5)
+    assert manifest.samples == 1
+    assert "caption-not-text: the text member is not UTF-8" in (foreign.left_out(storage, "b") or "")
+    assert foreign.left_out(storage, "c") is None
 
 
 @pytest.mark.parametrize("captions", [["x", HALF], [HALF], []])

@@ -108,6 +108,8 @@ def _statement(row: dict[str, Any], images: str) -> Statement:
     directory = row.get("directory")
     if directory is not None and (not isinstance(directory, int | str) or isinstance(directory, bool)):
         raise ValueError(f"'directory' is neither a number nor text but {type(directory).__name__}")
+    if isinstance(directory, str):
+        directory = text_of(row, "directory")
     prefix = "" if directory is None else f"{directory}/"
     left, right = (ImageAddress(images, f"{prefix}{pair}-img{side}.png") for side in range(2))
     return Statement(identifier, text_of(row, "sentence"), left, right, _label(row))

@@ -145,6 +145,8 @@ def _question(row: dict[str, Any]) -> tuple[int, int | str, str]:
     image_id = row["image_id"]
     if not isinstance(image_id, int | str) or isinstance(image_id, bool):
         raise ValueError(f"'image_id' is neither a number nor text but {type(image_id).__name__}")
+    if isinstance(image_id, str):
+        image_id = text_of(row, "image_id")
     return number_of(row, "question_id"), image_id, text_of(row, "question")
 
 

@@ -135,6 +135,8 @@ def test_a_vocabulary_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> Non
         ('{"yes": 0, "no": 0}', "numbered from 0 to 1"),
         ('["yes", "yes"]', "must be a list of different answers"),
         ('["yes", 2]', "must be a list of different answers"),
+        ('["yes", "\\ud83d"]', "must be a list of different answers"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "must be a list of different answers"),
         ("{}", "must be a list of different answers"),
         ("3", "must be a list of different answers"),
