@@ -48,14 +48,22 @@ class ModelBlock(Block):
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
-        from model import GLSCLConfig
+        from model import GLSCLConfig, ModelConfigurationError
 
         known = GLSCLConfig.own_fields()
         for key in self.overrides:
             if key not in known:
                 raise ValueError(f"model.overrides: unknown field '{key}'{did_you_mean(key, known)}")
-        GLSCLConfig.preset(self.preset, **self.overrides)
+        try:
+            GLSCLConfig.preset(self.preset, **self.overrides)
+        except ModelConfigurationError as error:
+            raise ValueError(re.sub(r"\bmodel\.(?=\w)", self._place, str(error))) from None
         return self
+
+    def _place(self, found: re.Match[str]) -> str:
+        name = re.match(r"\w+", found.string[found.end() :])
+        assert name is not None
+        return "model.overrides." if name[0] in self.overrides else "the preset's "
 
 
 # Tags of the two kinds of datasets. They are no keys of the YAML, so error messages leave them out.

@@ -138,15 +138,9 @@ def is_database(scheme: str) -> bool:
 
 def _learn(secret: str) -> None:
     for one in (secret, unquote(secret), unquote_plus(secret)):
-        spellings = (
-            one,
-            quote(one),
-            quote(one, safe=""),
-            quote_plus(one),
-            html.escape(one),
-            json.dumps(one)[1:-1],
-        )
-        for spelling in (*spellings, repr(one)[1:-1]):
+        quoted = (one, quote(one), quote(one, safe=""), quote_plus(one))
+        escaped = (json.dumps(one)[1:-1], repr(one)[1:-1], html.escape(one), html.escape(one, quote=False))
+        for spelling in (*quoted, *escaped):
             if len(spelling) >= _SHORTEST and set(spelling) != {"*"}:
                 _known.setdefault(spelling)
 

@@ -350,5 +350,5 @@ def _refuse_tag(node: Node) -> NoReturn:
     name = f" ({node.tag.removeprefix(_STANDARD)})" if node.tag.startswith(_STANDARD) else ""
     _refuse(
         node.start_mark,
-        f"is no plain YAML: a tag{name} makes another kind of value; text that begins with ! needs quotes",
+        f"is not YAML of plain data: a tag{name} makes other values; text that begins with ! needs quotes",
     )

@@ -77,7 +77,7 @@ class TrackingConfig(BaseModel):
             UserError: a variable of MLflow's that cannot be used.
         """
         uri = _uri_by_variables(self.uri, environment) or _DEFAULT_URI
-        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        if uri.startswith("sqlite:///") and not uri.startswith(("sqlite:////", "sqlite:///file:")):
             uri = f"sqlite:///{(folder / uri.removeprefix('sqlite:///')).absolute()}"
         made = self.model_copy(update={"uri": uri, **self._experiment_by_variables(environment)})
         made._variables = self._variables or {
@@ -143,7 +143,7 @@ class TrackingConfig(BaseModel):
     @property
     def database(self) -> Path | None:
         """The file of an embedded store; None: a server, or a database in memory."""
-        path = (self.uri or _DEFAULT_URI).partition("?")[0].removeprefix("sqlite:///")
+        path = (self.uri or _DEFAULT_URI).partition("?")[0].removeprefix("sqlite:///").removeprefix("file:")
         return Path(path) if self.embedded and path and path != ":memory:" and "://" not in path else None
 
 
