@@ -261,10 +261,11 @@ def _cut(
 def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not Path(name).exists() and name.startswith(("/", ".", "~")):
+        raise TokenizerError(f"no tokenizer under {name!r}: there is no such folder")
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises Exception itself
         where = "folder" if Path(name).exists() else "name"
-        raise TokenizerError(
-            f"no tokenizer under the {where} {name!r}: {str(error).splitlines()[0]}"
-        ) from error
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"no tokenizer under the {where} {name!r}: {told}") from error

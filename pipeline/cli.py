@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline.checkpoints import checkpoints
+from pipeline.environment import columns, settle_home, settle_output
+from pipeline.redaction import Redacting, redact, redact_tracebacks
 from pipeline.shards import shards
 
 if TYPE_CHECKING:
@@ -173,7 +175,10 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: `glscl validate job.yaml`
     """
+    from pipeline.tokenizer import check_tokenizer
+
     config = _load(job, overrides)
+    check_tokenizer(config, fetch=False)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
     console().print(
         f"{job} is valid: job '{config.name}', {len(config.datasets)} datasets, stages {stages}, "
@@ -208,8 +213,11 @@ def plan(
     Example: `glscl plan job.yaml --device a100-80gb --set train.workers=8`
     """
     from pipeline.planning.command import plan as print_plan
+    from pipeline.tokenizer import check_tokenizer
 
-    print_plan(_load(job, overrides), console(), device=device, memory=memory, mfu=mfu)
+    config = _load(job, overrides)
+    check_tokenizer(config, fetch=False)
+    print_plan(config, console(), device=device, memory=memory, mfu=mfu)
 
 
 @app.command()
@@ -455,7 +463,7 @@ def stop(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
 def console() -> Console:
     """Where people read: standard output; 100 columns where it is no terminal, so that tables do not fold."""
     terminal = sys.stdout.isatty()
-    return Console(width=None if terminal else max(100, int(os.environ.get("COLUMNS", "100"))))
+    return Console(width=None if terminal else columns())
 
 
 def _load(path: Path, overrides: list[str]) -> JobConfig:
@@ -471,15 +479,15 @@ def main() -> None:
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, markup=False)],
-    )
+    settle_output()
+    redact_tracebacks()
+    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    handler.addFilter(Redacting())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     for room in ("pipeline", "sharding", "cluster", "model"):
         logging.getLogger(room).setLevel(logging.INFO)
     try:
+        settle_home()
         app()
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
@@ -501,7 +509,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    for line in message.splitlines():
+    for line in redact(message).splitlines():
         sys.stderr.write(f"error: {line}\n")
     sys.exit(code)
 

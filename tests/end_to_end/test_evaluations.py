@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,19 @@ from tests.end_to_end.conftest import Glscl
 from tests.fixtures.jobs import prepared_job, write_job
 
 pytestmark = pytest.mark.slow
+
+SECRET = "q7X/secret+zz= 9"
+
+
+def holders_of_the_secret(folder: Path) -> list[str]:
+    """Files that hold the secret in one of its spellings."""
+    spellings = [SECRET, quote(SECRET), quote(SECRET, safe=""), quote_plus(SECRET), json.dumps(SECRET)[1:-1]]
+    spellings += [base64.b64encode(SECRET.encode()).decode(), "secret+zz", "secret%2Bzz"]
+    return [
+        str(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and any(one.encode() in file.read_bytes() for one in spellings)
+    ]
 
 
 def finished(run: Storage) -> list[Outcome]:
@@ -48,7 +64,11 @@ def perfect(run: Storage, outcome: Outcome) -> None:
 def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_exported_by_its_address(
     glscl: Glscl, tmp_path: Path
 ) -> None:
+    """Also, since it leaves every kind of record: that none of them holds the passwords of the store's address."""
     tree = prepared_job(tmp_path) | {"name": "falls"}
+    tree["tracking"]["uri"] = (
+        f"sqlite:///file:{tmp_path}/mlflow.db?uri=true&password={quote(SECRET, safe='')}"
+    )
     tree["train"]["workers"] = 1
     tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
@@ -100,3 +120,6 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     card = (tmp_path / "model" / "README.md").read_text()
     assert "`held-out`" in card
     assert "not recorded" not in card  # the manifests are found though they are not in the job's storage
+
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
+    assert holders_of_the_secret(tmp_path) == [str(file)]  # the job's own file

@@ -29,7 +29,7 @@ class VQATask(TaskConfig):
         fine_tune: how; the paper's recipe unless the block says otherwise.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["vqa"] = "vqa"
     data: VQAData
