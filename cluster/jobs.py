@@ -252,7 +252,11 @@ def _client(address: str) -> JobSubmissionClient:
     ask_loopback_directly(address)
     from ray.job_submission import JobSubmissionClient
 
-    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+    for chatty in (
+        "dashboard.modules.dashboard_sdk",
+        "dashboard.modules.job.sdk",
+        "_private.runtime_env.packaging",
+    ):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)  # they tell of each package and stream
     with _explained(address):
         return JobSubmissionClient(address.rstrip("/"))

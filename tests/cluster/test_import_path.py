@@ -50,7 +50,9 @@ def users_folder(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         file = folder / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"open({str(folder / 'seen')!r}, 'a').write('{name} ')\nraise TypeError('not yours')\n")
+        file.write_text(
+            f"open({str(folder / 'seen')!r}, 'a').write('{name} ')\nraise TypeError('not yours')\n"
+        )
     return folder
 
 

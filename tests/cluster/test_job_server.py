@@ -49,12 +49,14 @@ def test_no_line_of_a_followed_log_is_lost_or_doubled(
 
 def test_a_connection_that_is_cut_while_the_job_runs_is_told_in_a_line() -> None:
     seen = []
-    with (
-        serving(JobServer(LOG, [(250, "cut")], ends_after=2)) as server,
-        pytest.raises(ClusterError) as told,
-    ):
+
+    def follow() -> None:
         for line in jobs.logs(server.address, JOB, follow=True):
             seen.append(line)
+
+    broken = JobServer(LOG, [(250, "cut")], ends_after=2)
+    with serving(broken) as server, pytest.raises(ClusterError) as told:
+        follow()
     assert seen == LOG[:250].splitlines()[: len(seen)]
     assert len(seen) > 10
     assert "1006" in str(told.value)
@@ -64,12 +66,9 @@ def test_a_connection_that_is_cut_while_the_job_runs_is_told_in_a_line() -> None
 
 def test_a_job_or_server_that_is_not_there_is_told_in_a_line() -> None:
     with serving(JobServer(LOG)) as server:
-        for follow in (False, True):
+        for ask in (jobs.status, lambda *asked: list(jobs.logs(*asked, follow=True))):
             with pytest.raises(ClusterError, match='there is no job "nobody"'):
-                # Logs that were printed are asked for in both cases.
-                jobs.status(server.address, "nobody") if not follow else list(
-                    jobs.logs(server.address, "nobody", follow=True)
-                )
+                ask(server.address, "nobody")
     with pytest.raises(ClusterError, match=r"no Ray job server answers at http://127\.0\.0\.1:\d+$"):
         list(jobs.logs(server.address, JOB, follow=True))
 
