@@ -12,7 +12,9 @@ import pytest
 
 from cluster import jobs
 from cluster.errors import ClusterError
-from cluster.loopback import direct_environment, is_loopback, proxy_variable
+from cluster.loopback import ask_loopback_directly, direct_environment, is_loopback, proxy_variable
+from sharding.errors import UserError
+from sharding.storage import StorageConfig, open_storage
 from tests.fixtures.job_server import JOB, JobServer, serving
 
 LOG = "".join(f"line {number}: täglich\n" for number in range(40)) + "the last line, cut off"
@@ -134,6 +136,18 @@ def test_a_proxy_through_which_a_server_is_not_reached_is_named(
         "no Ray job server answers at http://head.invalid:8265 (asked through the proxy that "
         f"{named} names; NO_PROXY excepts hosts)"
     )
+
+
+def test_a_storage_on_loopback_is_asked_without_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore's rule of what NO_PROXY excepts is another than requests'."""
+    monkeypatch.setenv("HTTP_PROXY", NOBODY)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "any")
+    with serving(JobServer()) as server:  # it answers 404 to what it does not know
+        ask_loopback_directly()
+        config = StorageConfig(url="s3://bucket/prefix", endpoint_url=server.address, attempts=1)
+        with pytest.raises(UserError, match=f"does not exist at {server.address}"):
+            open_storage(config).check(write=False)
 
 
 def test_what_is_loopback_and_what_a_proxy_is_used_for(monkeypatch: pytest.MonkeyPatch) -> None:
