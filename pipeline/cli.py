@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # python -m pipeline.cli: before anything is imported from the current folder
+    from glscl_pipeline import main as command
+
+    command()
+
 import logging
 import os
 import sys
@@ -403,13 +408,22 @@ def submit(
 ) -> None:
     """Send a job to a running Ray cluster, with the code and its environment.
 
+    Paths in the job must be absolute, and mean the same on the cluster's machines.
+
     Example: `glscl submit job.yaml --address http://head:8265`
     """
     from cluster import jobs
+    from pipeline import submission
 
-    config = _load(job, overrides)
+    config = submission.load_for_cluster(job, overrides)
     submitted = jobs.submit(
-        job, address, job_id=job_id, overrides=overrides, environment=config.cluster.environment
+        job,
+        address,
+        job_id=job_id,
+        arguments=["run", jobs.STAGED_YAML, *(part for one in overrides for part in ("--set", one))],
+        environment=config.cluster.environment,
+        variables=submission.variables(config, os.environ),
+        modules=submission.modules_of_filters(config),
     )
     out = console()
     out.print(f"submitted as {submitted}", highlight=False)
@@ -445,8 +459,12 @@ def logs(
     """
     from cluster import jobs
 
-    for line in jobs.logs(address, job_id, follow=follow):
-        print(line, flush=True)
+    try:
+        for line in jobs.logs(address, job_id, follow=follow):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"the job goes on; it ends with glscl stop {job_id}\n")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -475,6 +493,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
+    from cluster.loopback import ask_loopback_directly
     from pipeline.errors import Regressed, RunTakenOver, Unhealthy
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
@@ -486,6 +505,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     for room in ("pipeline", "sharding", "cluster", "model"):
         logging.getLogger(room).setLevel(logging.INFO)
+    ask_loopback_directly()
     try:
         settle_home()
         app()
@@ -512,7 +532,3 @@ def _fail(message: str, code: int) -> None:
     for line in redact(message).splitlines():
         sys.stderr.write(f"error: {line}\n")
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,16 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
@@ -28,6 +37,7 @@ from pipeline.training.config import Block, CheckpointBlock, TrainBlock
 from pipeline.training.health.config import HealthBlock
 from pipeline.yaml_reader import parse_yaml, read_yaml
 from sharding.errors import UserError
+from sharding.given_path import SENT, GivenPath, means_the_same_everywhere
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
 from sharding.storage import StorageConfig
@@ -38,13 +48,25 @@ class ModelBlock(Block):
 
     preset: Literal["tiny", "base"] = "base"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    weights: list[str] = Field(
+    weights: list[GivenPath] = Field(
         default_factory=list,
         description="files to begin with: CLIP, RoBERTa or released GLSCL weights, see model/importers",
     )
     tokenizer: str = Field(
         default="builtin", description="'builtin' (RoBERTa's vocabulary) or a Hugging Face name or folder"
     )
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _same_everywhere(cls, tokenizer: str, info: ValidationInfo) -> str:
+        # A folder here, for transformers; elsewhere a name of the hub, or nothing.
+        folder = tokenizer.startswith((".", "~")) or Path(tokenizer).is_dir()
+        if info.context == SENT and folder and not means_the_same_everywhere(tokenizer):
+            raise ValueError(
+                f"got {tokenizer!r}; a job sent to a cluster needs an absolute path (of a folder that all its "
+                "machines have), or a Hugging Face name"
+            )
+        return tokenizer
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
@@ -197,13 +219,14 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     return f"; known: {', '.join(sorted(names))}" if len(names) <= 12 else ""
 
 
-def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobConfig:
+def load_job(path: str | Path, overrides: typing.Sequence[str] = (), *, sent: bool = False) -> JobConfig:
     """Read, override and validate a job file.
 
     Args:
         path: the YAML file.
         overrides: ``dotted.key=value`` strings, values parsed as YAML; list items by number
             (``train.stages.0.steps=100``).
+        sent: the job is to run on other machines: relative paths are faults.
 
     Raises:
         UserError: one line for each fault, naming the field, the value and what would be right.
@@ -214,15 +237,17 @@ def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobConfi
         raise UserError(
             f"{path}: {what}: must be a mapping with the keys {', '.join(JobConfig.model_fields)}"
         )
-    return parse_job(tree, str(path), overrides)
+    return parse_job(tree, str(path), overrides, sent=sent)
 
 
-def parse_job(tree: dict[str, Any], origin: str, overrides: typing.Sequence[str] = ()) -> JobConfig:
+def parse_job(
+    tree: dict[str, Any], origin: str, overrides: typing.Sequence[str] = (), *, sent: bool = False
+) -> JobConfig:
     """Override and validate a job given as plain data; ``origin`` is named in errors."""
     for override in overrides:
         _apply_override(tree, override)
     try:
-        job = JobConfig.model_validate(tree)
+        job = JobConfig.model_validate(tree, context=SENT if sent else None)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors(include_url=False)]
     else:

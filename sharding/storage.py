@@ -34,6 +34,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from sharding.errors import BadData, StorageFault, UserError
+from sharding.given_path import GivenPath
 from sharding.storage_file import FileBackend, write_file
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class StorageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field(description="file:///folder, a folder path, or s3://bucket/prefix")
+    url: GivenPath = Field(description="file:///folder, a folder path, or s3://bucket/prefix")
     endpoint_url: str | None = Field(
         default=None, description="S3 endpoint; default: AWS_ENDPOINT_URL[_S3], then AWS"
     )

@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 from sharding.storage import normalise_url
 
 Level = Literal["caption", "header", "stored", "scored", "corpus"]
@@ -260,7 +261,7 @@ class BlockedWordsFilter(FilterBlock):
 
     kind: Literal["blocked_words"]
     words: list[str] = Field(default_factory=list)
-    path: str | None = Field(
+    path: GivenPath | None = Field(
         default=None, description="path, file:// or s3:// url; a relative path is that of the command"
     )
     what: Literal["caption", "sample"] = Field(
@@ -324,7 +325,7 @@ class ScoreFilter(FilterBlock):
 
     kind: Literal["score"]
     scorer: str = Field(default="itc", description="name of the scorer; itc: similarity by a GLSCL model")
-    model: str | None = Field(default=None, description="what the scorer loads: an address")
+    model: GivenPath | None = Field(default=None, description="what the scorer loads: an address")
     weights: str | None = Field(default=None, description="digest of what the scorer loads")
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
@@ -380,22 +381,29 @@ class CustomFilter(FilterBlock):
         return self
 
 
+#: Variable with the folder that the command was called in, for processes that run in others.
+COMMAND_FOLDER = "GLSCL_FOLDER"
+
+
 def load_class(path: str) -> type:
-    """The filter class at a dotted path.
+    """The filter class at a dotted path: of a module that is installed, or lies in the command's folder.
 
     Raises:
         UserError: it cannot be imported, or is none; names the path and what is wrong.
     """
     module, _, name = path.rpartition(".")
-    here = os.getcwd()
-    if here not in sys.path:  # the command's own folder is first on the path, not the one it is called in
+    # Last on the path: nothing else is to be imported from there. Workers may run in another folder than the command.
+    here = os.environ.get(COMMAND_FOLDER) or os.getcwd()
+    if here not in sys.path:
         sys.path.append(here)
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        imported = importlib.import_module(module)
+        found = getattr(imported, name, None)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(f"filter {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
-        raise UserError(f"filter {path}: {module} has no class {name}")
+        where = getattr(imported, "__file__", None) or "part of Python"
+        raise UserError(f"filter {path}: {module} has no class {name} ({where})")
     if getattr(found, "level", None) not in LEVELS_OF_CUSTOM or not callable(getattr(found, "keeps", None)):
         raise UserError(
             f"filter {path}: the class needs level = {' | '.join(LEVELS_OF_CUSTOM)} and a method keeps"

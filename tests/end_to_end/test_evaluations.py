@@ -19,6 +19,7 @@ from pipeline.evaluation.attachments import items_from_parquet
 from pipeline.evaluation.ledger import Ledger, Outcome
 from pipeline.runs import read_record
 from sharding.storage import Storage, open_storage
+from tests.cluster.test_import_path import users_folder
 from tests.end_to_end.command import Command, committed
 from tests.end_to_end.conftest import Glscl
 from tests.fixtures.jobs import prepared_job, write_job
@@ -73,7 +74,11 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
     file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
-    command = Command("run", str(file), log=tmp_path / "first")
+    # In a folder of modules with the names of ours and of others: none of them is imported, in any process.
+    folder = users_folder(
+        tmp_path / "work", ("model", "sharding", "cluster", "statistics", "random", "torch")
+    )
+    command = Command("run", str(file), log=tmp_path / "first", folder=folder)
     command.wait_until(lambda: len(finished(run)) >= 1)
     command.kill()
     best = min(finished(run), key=lambda outcome: outcome.step)
@@ -82,7 +87,7 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     # The next life sees the next checkpoint fall, ends the workers, and says why.
     tree["evaluate"]["regression"] = [{"metric": "held-out/t2i_R1", "drop": 0.05, "action": "stop"}]
     write_job(file, tree)
-    again = Command("run", str(file), log=tmp_path / "second")
+    again = Command("run", str(file), log=tmp_path / "second", folder=folder)
     assert again.wait() == 1, again.output
     errors = [line for line in again.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -110,8 +115,11 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     # By the run's address alone, with another version of the task.
     override = ("--set", "evaluate.after=end", "--set", "evaluate.tasks.0.rerank=2")
     output = Command(
-        "evaluate", run.url, *override, "--missing", "--tasks", "held-out", log=tmp_path / "third"
+        *("evaluate", run.url, *override, "--missing", "--tasks", "held-out"),
+        log=tmp_path / "third",
+        folder=folder,
     ).succeed()
+    assert not (folder / "seen").exists(), (folder / "seen").read_text()
     assert [o.step for o in finished(run) if o.version != best.version] == steps
     assert all(str(step) in output for step in steps)
 

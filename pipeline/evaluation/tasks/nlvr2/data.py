@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.evaluation.tasks.annotations import digest_of, read_lines, text_of
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -28,8 +29,8 @@ class NLVR2Data(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    statements: str
-    images: str
+    statements: GivenPath
+    images: GivenPath
 
     def digest(self, storage: Storage, field: str) -> str:
         """sha256 of the statements and of the images' names and sizes.

@@ -13,6 +13,7 @@ from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.vqa.answers import FREQUENT_ANSWERS
 from pipeline.evaluation.tasks.vqa.data import VQAData
 from pipeline.fine_tuning.config import VQAFineTuning, wait_for_the_end
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -35,7 +36,7 @@ class VQATask(TaskConfig):
     data: VQAData
     train: Annotated[list[VQAData], Field(min_length=1)]
     answers: Annotated[int, Field(ge=2)] = FREQUENT_ANSWERS
-    answer2id: str | None = None
+    answer2id: GivenPath | None = None
     fine_tune: VQAFineTuning = VQAFineTuning()
 
     @model_validator(mode="before")

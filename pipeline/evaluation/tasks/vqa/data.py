@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pipeline.evaluation.tasks.annotations import digest_of, number_of, read_rows, text_of
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -30,9 +31,9 @@ class VQAData(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    questions: str
-    annotations: str | None = None
-    images: str
+    questions: GivenPath
+    annotations: GivenPath | None = None
+    images: GivenPath
     image_name: str = "COCO_{split}_{image_id:012d}.jpg"
 
     @field_validator("image_name")
