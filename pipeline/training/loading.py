@@ -27,6 +27,7 @@ from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder, Ordered
 from pipeline.training.health.stacks import write_stacks_on_signal
 from pipeline.training.transport import SharedPixels, send_batches_through_slots
+from sharding.forkserver import forkserver
 
 #: Batches that each loader process works on ahead of the training.
 PREFETCHED_BATCHES = 4
@@ -123,7 +124,7 @@ def import_ahead(*modules: str) -> None:
     Each loader process of each stage would else import torch and what comes with it for itself, which takes seconds
     of a core and some hundred MB. To be called before anything else is forked by this process's server.
     """
-    multiprocessing.set_forkserver_preload(["__main__", *modules])
+    forkserver().set_forkserver_preload(["__main__", *modules])
     multiprocessing.forkserver.ensure_running()
 
 
@@ -146,7 +147,7 @@ def batch_loader(
         num_workers=processes,
         collate_fn=collate,
         # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
-        multiprocessing_context="forkserver" if processes else None,
+        multiprocessing_context=forkserver() if processes else None,
         prefetch_factor=PREFETCHED_BATCHES if processes else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_begin_loader_process,
