@@ -467,7 +467,7 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
-    from pipeline.errors import Regressed, RunTakenOver, Unhealthy
+    from pipeline.errors import Regressed, RunTakenOver, Unhealthy, system_fault
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -496,6 +496,10 @@ def main() -> None:
         ),
     ) as error:
         _fail(str(error), 1)
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the system's: a bug
+        _fail(system_fault(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)
 
