@@ -66,8 +66,11 @@ def only_copy(key: str, run: Storage) -> Iterator[None]:
                 f"{run.url} is a copy of a run that is being trained now ({holder or key}): both would go on in "
                 "the same run of MLflow; wait for its end, or stop it"
             )
-        os.ftruncate(lock, 0)
-        os.write(lock, f"{run.url}, by process {os.getpid()}".encode())
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, f"{run.url}, by process {os.getpid()}".encode())
+        except OSError as error:
+            raise UserError(f"cannot write {path} (below TMPDIR): {error.strerror}") from None
         yield
 
 

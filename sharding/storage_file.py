@@ -41,7 +41,7 @@ _PASSING = frozenset(
             "ESHUTDOWN",
             "EPIPE",
         ),
-        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENODEV", "ENXIO", "ENOLINK"),
+        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENODEV", "ENOLINK"),
         *("ENOMEDIUM", "EKEYEXPIRED", "ENFILE", "ENOMEM", "ENOBUFS", "EPROTO", "ECOMM"),
     )
     if hasattr(errno, name)

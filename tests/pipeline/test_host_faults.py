@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import math
 import os
@@ -221,6 +222,27 @@ def test_too_many_open_files_are_told_however_they_show() -> None:
     assert errors.too_many_files(OSError(errno.ENOSPC, "No space left on device")) is None
 
 
+def test_a_fault_that_a_loader_process_met_is_told_in_one_line() -> None:
+    from torch._utils import ExceptionWrapper
+
+    from pipeline.training.loading import in_one_line
+
+    for fault in (
+        FULL,
+        UserError("s3://bucket: access denied: check it"),
+        StorageFault("s3://a: StorageFault: b"),
+    ):
+        try:
+            raise fault
+        except (StorageFault, UserError):
+            travels = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(type(fault)) as caught, in_one_line():
+            travels.reraise()
+        assert str(caught.value) == str(fault)
+    with pytest.raises(UserError, match=r"^as it is$"), in_one_line():
+        raise UserError("as it is")
+
+
 # Folders for temporary files
 
 
@@ -378,7 +400,7 @@ def test_an_account_is_of_the_time_that_passed_however_often_the_clock_is_set(
     assert found.seconds["redone"] >= 4 * 0.02
     assert found.seconds["down"] < 1
     in_order = sorted(lives, key=lambda life: life.began)
-    assert all(one.seen <= other.began for one, other in zip(in_order, in_order[1:], strict=False))
+    assert all(one.seen <= other.began for one, other in itertools.pairwise(in_order))
 
 
 MOMENT = st.floats(-4e9, 4e9) | st.floats(0, 100)
