@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import ray
@@ -10,13 +12,14 @@ import ray
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _BoardActor:
     def __init__(self) -> None:
-        self._notes: dict[str, Any] = {}
+        self._notes: dict[str, tuple[float, Any]] = {}
 
     def post(self, topic: str, note: Any) -> None:
-        self._notes[topic] = note
+        self._notes[topic] = time.monotonic(), note
 
-    def read(self) -> dict[str, Any]:
-        return dict(self._notes)
+    def read(self, within_s: float) -> dict[str, Any]:
+        now = time.monotonic()
+        return {topic: note for topic, (posted, note) in self._notes.items() if now - posted < within_s}
 
 
 class Board:
@@ -29,10 +32,14 @@ class Board:
         """Replace the note of a topic; does not wait, and a lost note is no loss."""
         self._actor.post.remote(topic, note)
 
-    def read(self, timeout_s: float = 5.0) -> dict[str, Any]:
-        """The newest note of each topic; empty while the board does not answer."""
+    def read(self, timeout_s: float = 5.0, *, within_s: float = math.inf) -> dict[str, Any]:
+        """The newest note of each topic; empty while the board does not answer.
+
+        Args:
+            within_s: only what was posted in the last so many seconds.
+        """
         try:
-            notes: dict[str, Any] = ray.get(self._actor.read.remote(), timeout=timeout_s)
+            notes: dict[str, Any] = ray.get(self._actor.read.remote(within_s), timeout=timeout_s)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             return {}
         return notes

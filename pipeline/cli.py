@@ -442,7 +442,7 @@ def status(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
     report = jobs.status(address, job_id)
     line = f"{report.job_id}  {report.status}"
     if report.started is not None:
-        seconds = (report.ended or time.time()) - report.started
+        seconds = max(0.0, (report.ended or time.time()) - report.started)  # the cluster's clock may differ
         line += f"  {'took' if report.finished else 'for'} {timedelta(seconds=round(seconds))}"
     console().print(f"{line}  {report.message}".rstrip(), highlight=False, markup=False)
 
@@ -494,7 +494,7 @@ def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
     from cluster.loopback import ask_loopback_directly
-    from pipeline.errors import Regressed, RunTakenOver, Unhealthy
+    from pipeline.errors import Regressed, RunTakenOver, Unhealthy, system_fault
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
@@ -524,6 +524,10 @@ def main() -> None:
         ),
     ) as error:
         _fail(str(error), 1)
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the system's: a bug
+        _fail(system_fault(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,17 +31,20 @@ from pipeline.goodput.accounting import account
 from pipeline.goodput.records import LifeRecorder, read_records
 from pipeline.goodput.table import account_metrics, account_table
 from pipeline.lease import Lease, hold
+from pipeline.patience import patiently
 from pipeline.progress import Task, show_progress
 from pipeline.results import Results
-from pipeline.runs import ConfigurationRefused, RunFolder, open_run_folder, run_path
+from pipeline.runs import ConfigurationRefused, RunFolder, open_run_folder, read_record, run_path
 from pipeline.scoring import scorers_of
+from pipeline.scratch import check_scratch, only_copy, scratch_folder
 from pipeline.tokenizer import check_tokenizer
-from pipeline.tracking import Tracker, environment_tags, flatten_params
+from pipeline.tracking import Tracker, TrackingConfig, environment_tags, flatten_params
 from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
 from pipeline.training.checkpoints import list_checkpoints, remains
 from pipeline.watch import Watch
 from sharding.errors import BadDataLimit, StorageFault, UserError
+from sharding.forkserver import remove_abandoned_sockets
 from sharding.manifest import REPORT_PATH
 from sharding.prepare import PrepareConfig, PreparedDataset, Progress, check_source, prepare
 from sharding.prepared import PreparedConfig, open_prepared
@@ -76,12 +78,14 @@ def run_job(job: JobConfig, console: Console) -> None:
     check_tokenizer(job, fetch=True)
     storage = _open(job)
     _check_sources(job, storage)
+    read_record(storage.at(run_path(job)))  # of another run, or damaged: before anything is done
     with (
         hold(storage.at(run_path(job))) as lease,
+        _swept(),
         session(job.cluster, workers=job.train.workers),
     ):
         prepared = _prepare_all(job, storage, console)
-        with _tracked_run(job, storage, prepared) as (run, tracker):
+        with _tracked_run(job, storage, prepared, trains=True) as (run, tracker):
             report = LiveReport(run.storage, job.name, tracker)
             results = Results(job, run, tracker, report)
             lease.when_lost(results.taken_over)
@@ -128,11 +132,12 @@ def evaluate_job(
     job = _settled(job)
     check_tokenizer(job, fetch=True)
     storage = _open(job)
+    read_record(storage.at(run_path(job)))
     if not list_checkpoints(storage.at(run_path(job))):
         raise UserError(
             f"{storage.url_of(run_path(job))} holds no checkpoint to evaluate: train first (glscl run)"
         )
-    with session(job.cluster, workers=0):
+    with _swept(), session(job.cluster, workers=0):
         prepared = _evaluation_data(job, storage, console)
         with _tracked_run(job, storage, prepared) as (run, tracker):
             report = LiveReport(run.storage, job.name, tracker)
@@ -163,7 +168,17 @@ def _settled(job: JobConfig) -> JobConfig:
     return job.model_copy(update={"tracking": tracking})
 
 
+@contextmanager
+def _swept() -> Iterator[None]:
+    """In the end removes what workers, which Ray kills, leave in the folder for temporary files."""
+    try:
+        yield
+    finally:
+        remove_abandoned_sockets()
+
+
 def _open(job: JobConfig) -> Storage:
+    check_scratch()
     storage = open_storage(job.storage)
     storage.check(write=True)
     return storage
@@ -275,9 +290,9 @@ def _show_preparation(task: Task, progress: Progress) -> None:
 
 @contextmanager
 def _tracked_run(
-    job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset]
+    job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset], *, trains: bool = False
 ) -> Iterator[tuple[RunFolder, Tracker]]:
-    """The run's folder and its MLflow run, whose status tells how the block ended."""
+    """The run's folder and its MLflow run, whose status tells how the block ended. ``trains``: no copy of it may."""
     config = job.tracking
     try:
         run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
@@ -287,6 +302,17 @@ def _tracked_run(
             log_refusal(config, error.run.tracking_run, len(changes), changes[-1])
         raise
     digests = {f"data.{name}": dataset.manifest.digest for name, dataset in prepared.items()}
+    with (
+        only_copy(run.key, run.storage) if trains else nullcontext(),
+        _tracked(job, config, run, digests) as tracker,
+    ):
+        yield run, tracker
+
+
+@contextmanager
+def _tracked(
+    job: JobConfig, config: TrackingConfig, run: RunFolder, digests: Mapping[str, str]
+) -> Iterator[Tracker]:
     tracker = Tracker(
         config,
         name=job.name,
@@ -300,7 +326,7 @@ def _tracked_run(
         tracker.change(number, change)
     status = "FAILED"
     try:
-        yield run, tracker
+        yield tracker
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -364,7 +390,7 @@ def _train(
     for left in remains(run.storage, list_checkpoints(run.storage)):
         run.storage.delete(left, recursive=True)  # of writes that were killed: none is under way now
     run.note_code(environment_tags())
-    scratch = Path(tempfile.gettempdir()) / f"glscl-{run.key}"
+    scratch = scratch_folder(run.key, run.storage)
     board = Board()
     plan = TrainingPlan(
         subject=PretrainingSubject(job, {name: dataset.path for name, dataset in prepared.items()}),
@@ -448,7 +474,7 @@ def _unfinished(dispatcher: Dispatcher) -> int:
 def _close(run: RunFolder, tracker: Tracker, report: LiveReport, console: Console) -> None:
     """The closing tables, to the terminal, the storage and MLflow."""
     report.stop()
-    report.write()
+    patiently(report.write, "the report")
     outcomes = report.outcomes()
     if outcomes:
         print_report(outcomes, console)

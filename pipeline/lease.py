@@ -35,8 +35,9 @@ from typing import Any
 
 import psutil
 
+from pipeline.boot import started_s
 from pipeline.errors import RunTakenOver
-from sharding.errors import StorageFault, UserError
+from sharding.errors import UserError
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "driver"
 BEAT_S = 5.0
 SILENCE_S = 30.0  # of another machine's driver, after which it is taken for dead
-_CLOCK_S = 2.0  # by which the start of the same process may seem to differ
+_CLOCK_S = 2.0  # by which the start of the same process may seem to differ, where the clock tells it
 _LEASE = re.compile(rf"^{FOLDER}/(\d{{8}})\.json$")
 _HEART = re.compile(rf"^{FOLDER}/(\d{{8}})\.alive\.json$")
 
@@ -96,21 +97,29 @@ class Lease:
             return
         try:
             self._write(released=True)
-        except StorageFault as error:
+        except (OSError, UserError) as error:  # why the run ended is what counts, whatever becomes of this
             logger.warning("the run could not be let go, the next driver will look for this one: %s", error)
 
     def _beat_on(self) -> None:
+        missed = False
         while not self._over.wait(BEAT_S):
             try:
                 self.fence.check()
                 self._beat()
+                if missed:
+                    logger.warning("the run's lease is renewed again")
+                missed = False
             except RunTakenOver as error:
                 self._lost = str(error)
                 if self._told is not None:
                     self._told(self._lost)
                 return
-            except StorageFault as error:
-                logger.warning("the run's lease could not be renewed, next try in %g s: %s", BEAT_S, error)
+            except (OSError, UserError) as error:  # also where the storage refuses: credentials may come back
+                if not missed:
+                    logger.warning(
+                        "the run's lease could not be renewed, tried every %g s: %s", BEAT_S, error
+                    )
+                missed = True
 
     def _beat(self) -> None:
         self._beats += 1
@@ -152,7 +161,7 @@ def _take(run: Storage, silence_s: float) -> int:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": started_s(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if not run.create_exclusive(f"{FOLDER}/{following:08d}.json", json.dumps(mine).encode()):
@@ -191,9 +200,9 @@ def _lives(run: Storage, number: int, record: dict[str, Any], silence_s: float) 
 def _runs(record: dict[str, Any]) -> bool:
     """Whether a process of this machine is still the one of the record, and not another of the same number."""
     try:
-        process = psutil.Process(int(record["pid"]))
-        same = abs(process.create_time() - float(record["started"])) < _CLOCK_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        pid = int(record["pid"])
+        same = abs(started_s(pid) - float(record["started"])) < _CLOCK_S
+        return same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

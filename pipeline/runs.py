@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import BaseModel, SecretStr
 
@@ -217,7 +218,11 @@ def load_run_job(address: str, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def read_record(storage: Storage) -> dict[str, Any] | None:
-    """The record of a run's folder, or None where no run has begun."""
+    """The record of a run's folder, or None where no run has begun.
+
+    Raises:
+        UserError: it is damaged, or of a run of another name.
+    """
     try:
         record = storage.read_json(RECORD)
     except FileNotFoundError:
@@ -230,7 +235,24 @@ def read_record(storage: Storage) -> dict[str, Any] | None:
         raise UserError(
             f"{storage.url_of(RECORD)} is not a JSON object: the run's record is damaged; give the job another name"
         )
+    if not isinstance(record.get("key", ""), str):
+        raise UserError(f"{storage.url_of(RECORD)} is damaged (key); give the job another name")
+    _refuse_copy(storage, record)
     return record
+
+
+def _refuse_copy(storage: Storage, record: dict[str, Any]) -> None:
+    """A run's name is that of its folder, and the first part of its key, which never changes. One that was copied to
+    another name would go on in the MLflow run, and the local folders, of the one it was copied from.
+    """
+    began_as = record.get("key", "").rpartition("-")[0]
+    name = unquote(storage.url.rpartition("/")[2])
+    if began_as and name != began_as:
+        raise UserError(
+            f"{storage.url} holds the run '{began_as}' ({RECORD}), not '{name}': it was copied or renamed. To "
+            f"go on with '{began_as}', use that name for the folder and the job; a run of its own needs a name "
+            f"that is not taken (to branch off from '{began_as}': docs/checkpoints.md)"
+        )
 
 
 def decisive_configuration(job: JobConfig) -> dict[str, Any]:

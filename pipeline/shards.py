@@ -382,7 +382,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         write_file(path, [data])
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}") from None
+        raise UserError(f"--out {path}: {error.strerror or error}") from None
 
 
 def _print_json(value: Any) -> None:

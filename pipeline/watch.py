@@ -14,11 +14,12 @@ from pipeline.evaluation.dispatcher import Dispatcher
 from pipeline.goodput.accounting import account
 from pipeline.goodput.records import read_records
 from pipeline.goodput.table import account_metrics
+from pipeline.patience import patiently
 from pipeline.progress import Task
 from pipeline.tracking import CheckpointEntry, Tracker
 from pipeline.training.checkpoints import Checkpoint, delete_checkpoint, list_checkpoints
 from pipeline.training.retention import expendable
-from sharding.errors import StorageFault
+from sharding.errors import UserError
 from sharding.storage import Storage
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Watch:
         self._thread.join()
         if kind is None:
             self._show_progress()
-            self.look_at_checkpoints()
+            patiently(self.look_at_checkpoints, "looking at the checkpoints")
 
     def look_at_checkpoints(self) -> None:
         """Tell MLflow of new checkpoints and delete those that no rule keeps."""
@@ -112,17 +113,21 @@ class Watch:
         self._accounted = newest
 
     def _loop(self) -> None:
-        looked = 0.0
+        looked, told = 0.0, ""
         while not self._stop.wait(_PROGRESS_S):
             self._show_progress()
             if time.monotonic() - looked >= _CHECKPOINTS_S:
                 looked = time.monotonic()
                 try:
                     self.look_at_checkpoints()
-                except StorageFault as error:
-                    logger.warning(
-                        "checkpoints could not be looked at, next try in %g s: %s", _CHECKPOINTS_S, error
-                    )
+                except (OSError, UserError) as error:
+                    if str(error) != told:
+                        logger.warning(
+                            "checkpoints could not be looked at, tried every %g s: %s", _CHECKPOINTS_S, error
+                        )
+                    told = str(error)
+                else:
+                    told = ""
 
     def _show_progress(self) -> None:
         notes = self._board.read()

@@ -102,7 +102,7 @@ class ShardCache:
 
         Raises:
             BadData: the stored file has another size or sha256.
-            FileNotFoundError, StorageFault, OSError: as ``Storage.download``.
+            FileNotFoundError, StorageFault, StorageRefused: as ``Storage.download``.
         """
         if size > self.byte_limit:
             return None

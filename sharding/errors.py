@@ -3,6 +3,7 @@
 * ``UserError``: a mistake the user can mend (bad configuration, missing file, wrong key). Its text is one
   clear line; the command line prints that line and exits with 2.
 * ``StorageFault``: a fault of the network or the store that outlasted every retry.
+* ``StorageRefused``: what the file system refuses, however often it is asked; a ``UserError`` too.
 * ``BadData`` / ``BadDataLimit``: one sample or shard that cannot be used; too many of them.
 * Everything else is a bug and is raised at once, as it is.
 """
@@ -27,7 +28,37 @@ class UnreadableObject(UserError):
 
 
 class StorageFault(OSError):
-    """A transient storage fault that was still there after the last retry. The message names the url."""
+    """A transient storage fault that was still there after the last retry. The message names the url.
+
+    Args:
+        message: one line.
+        cause: the system's own error, whose ``errno`` and ``strerror`` this one has too.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None) -> None:
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.strerror = cause.errno, cause.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # OSError would show errno and strerror instead
+
+
+class StorageRefused(UserError, OSError):
+    """Something cannot be written or deleted, and will not be by trying again: not permitted, no such name.
+
+    Args:
+        message: one line that names the file and what is wrong.
+        cause: as of ``StorageFault``.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None) -> None:
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.strerror = cause.errno, cause.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BadData(Exception):

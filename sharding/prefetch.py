@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import threading
@@ -26,6 +25,7 @@ from multiprocessing.connection import Connection
 
 from sharding.cache import ShardCache
 from sharding.errors import BadData, UserError
+from sharding.forkserver import forkserver
 from sharding.manifest import Manifest, ShardRecord
 from sharding.storage import Storage
 
@@ -66,7 +66,7 @@ class Prefetcher:
         self._plan = plan
         self._sent = self._handed_out = 0
         # Not a fork: the threads of a training, and s3fs's, do not survive one.
-        context = multiprocessing.get_context("forkserver")
+        context = forkserver()
         receiver, self._sender = context.Pipe(duplex=False)
         shards = {name: (storage, manifest.shards) for name, (storage, manifest) in datasets.items()}
         self._process = context.Process(

@@ -7,8 +7,9 @@ What every other module may rely on, on both kinds:
 * Every call ends: connecting and reading have time-outs, transient faults are retried with exponential
   backoff and reads go on by range from where they broke.
 * Errors are of four kinds: ``FileNotFoundError`` with the full url; ``UserError`` for what the user can mend
-  (bucket, credentials, endpoint; ``UnreadableObject`` where it is of the one file that is read); ``StorageFault``
-  when retries are used up; ``BadData`` when bytes are not those expected.
+  (bucket, credentials, endpoint; ``UnreadableObject`` where it is of the one file that is read; of a folder
+  ``StorageRefused``: not permitted, too long a name); ``StorageFault`` when retries are used up (a full or read-only
+  disk and a network mount that is away are faults too); ``BadData`` when bytes are not those expected.
 * Credentials appear in no url, repr, log or error.
 * A path that the store listed (``ExactPath``) is that of its file, whatever its name is.
 
@@ -259,8 +260,8 @@ class Storage:
         Raises:
             BadData: ``size-mismatch`` or ``sha256-mismatch`` when the stored bytes are not those expected (a
                 sha256 is tried twice, lest a fault of the network condemns a good file).
-            FileNotFoundError, StorageFault, OSError: missing; unreachable; not writable or disk full (names
-                the path).
+            FileNotFoundError, StorageFault, StorageRefused: missing; unreachable, or no room at the destination;
+                not writable (names the path).
         """
         path = self._path(path)
         url = self._backend.url_of(path)
@@ -323,7 +324,7 @@ class Storage:
         """Copy a file within the storage, verified on its way; ``to`` is there whole or not at all.
 
         Raises:
-            BadData, FileNotFoundError, StorageFault, OSError: as ``download``.
+            BadData, FileNotFoundError, StorageFault, StorageRefused: as ``download``.
         """
         beside = self.local_path(to)
         if beside is not None:  # one pass: read, hashed, written
@@ -436,7 +437,7 @@ def _storage_url(url: str) -> str:
 def _make_backend(config: StorageConfig) -> Backend:
     scheme, _, rest = config.url.partition("://")
     if scheme == "file":
-        return FileBackend(Path(unquote(rest, errors="surrogateescape")))
+        return FileBackend(Path(unquote(rest, errors="surrogateescape")), config.attempts)
     from sharding.storage_s3 import S3Backend  # slow to import, and not needed for folders
 
     bucket, _, prefix = rest.partition("/")

@@ -6,14 +6,17 @@ import contextlib
 import errno
 import hashlib
 import os
+import random
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from sharding.errors import StorageFault, UserError
+from sharding.errors import StorageFault, StorageRefused, UserError
 
 if TYPE_CHECKING:
     from sharding.storage import FileState
@@ -23,6 +26,39 @@ _COPY_BLOCK = 4 << 20
 _DELETE_TRIES = 10  # of a folder that others write into, or delete too
 # A file system without hard links (some network and FUSE mounts) answers a link with one of these.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+#: What a file system answers while it is full, read-only or away, and need not answer a moment later: whoever waits
+#: for a storage waits for these. Network and FUSE mounts pass on the errors of their sockets.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EROFS", "EIO", "EREMOTEIO", "ESTALE", "EAGAIN", "EBUSY", "EINTR", "ENOLCK"),
+        *(
+            "ETIMEDOUT",
+            "ETIME",
+            "ENOTCONN",
+            "ECONNRESET",
+            "ECONNREFUSED",
+            "ECONNABORTED",
+            "ESHUTDOWN",
+            "EPIPE",
+        ),
+        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENODEV", "ENOLINK"),
+        *("ENOMEDIUM", "EKEYEXPIRED", "ENFILE", "ENOMEM", "ENOBUFS", "EPROTO", "ECOMM"),
+    )
+    if hasattr(errno, name)
+)
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0  # as between two tries of a request to S3
+
+_T = TypeVar("_T")
+
+
+def passes(error: OSError) -> bool:
+    """Whether an error of the system's may be gone when the same is done again later."""
+    return error.errno in _PASSING
+
+
+def _understood(error: OSError, message: str) -> StorageFault | StorageRefused:
+    return (StorageFault if passes(error) else StorageRefused)(message, error)
 
 
 def is_temporary(name: str) -> bool:
@@ -35,21 +71,36 @@ def temporary_file(target: Path) -> Iterator[Path]:
     """A fresh name in the folder of ``target`` (made if need be); what is at it afterwards is removed."""
     temporary = target.parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, f"{error.filename} is not a folder") from None
     try:
         yield temporary
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        # Mostly it is not there any more. Where the file system refuses this too, what it refused before is told.
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """OSErrors of the system (disk full, not permitted), naming the path that was to be written."""
+    """Errors of the system, naming the path that was to be written.
+
+    Raises:
+        StorageFault: the disk is full, read-only or away, which may pass.
+        StorageRefused: not permitted, too long a name, ...
+        FileExistsError: it is there already, and must not be.
+        FileNotFoundError: somebody removed its folder meanwhile.
+    """
     try:
         yield
-    except OSError as error:
+    except (StorageFault, StorageRefused):
+        raise
+    except (FileExistsError, FileNotFoundError) as error:
         raise type(error)(error.errno, f"cannot write {target}: {error.strerror}") from None
+    except OSError as error:
+        raise _understood(error, f"cannot write {target}: {error.strerror}") from None
 
 
 def _write_blocks(path: Path, blocks: Iterable[bytes], target: Path) -> None:
@@ -59,13 +110,17 @@ def _write_blocks(path: Path, blocks: Iterable[bytes], target: Path) -> None:
     with writing(target):
         file = path.open("xb", buffering=0)
     with file:
-        for block in blocks:
-            view = memoryview(block)
-            while view:
-                with writing(target):
-                    view = view[file.write(view) :]
-        with writing(target):
-            os.fsync(file.fileno())
+        _fill(file, blocks, target)
+
+
+def _fill(file: FileIO, blocks: Iterable[bytes], target: Path) -> None:
+    for block in blocks:
+        view = memoryview(block)
+        while view:
+            with writing(target):
+                view = view[file.write(view) :]
+    with writing(target):
+        os.fsync(file.fileno())
 
 
 def write_file(target: Path, blocks: Iterable[bytes]) -> None:
@@ -110,14 +165,14 @@ class FileBackend:
 
     exact_paths: ClassVar[bool] = False  # a listing gives clean ones, and no name may lead out
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, attempts: int = 1) -> None:
+        self._root, self._attempts = root, attempts
 
     def url_of(self, path: str) -> str:
         return (self._root / path).as_uri()
 
     def at(self, path: str) -> FileBackend:
-        return FileBackend(self._root / path)
+        return FileBackend(self._root / path, self._attempts)
 
     def local_path(self, path: str) -> Path:
         return self._root / path
@@ -141,6 +196,9 @@ class FileBackend:
             raise UserError(f"{self.url_of('')} cannot be {verb}: {error.strerror}") from None
 
     def state(self, path: str) -> FileState:
+        return self._again(lambda: self._state(path))
+
+    def _state(self, path: str) -> FileState:
         from sharding.storage import FileState
 
         with self._named(path):
@@ -153,8 +211,9 @@ class FileBackend:
         self, prefix: str, others: Callable[[str, str], None] | None = None
     ) -> Iterator[tuple[str, int]]:
         start = self._root / prefix
-        if start.is_dir():
-            yield from self._walk(start, f"{prefix}/" if prefix else "", (), others)
+        with self._named(prefix):
+            if start.is_dir():
+                yield from self._walk(start, f"{prefix}/" if prefix else "", (), others)
 
     def _walk(
         self,
@@ -191,6 +250,12 @@ class FileBackend:
                 others(f"{prefix}{name}", "a link to nothing" if entry.is_symlink() else "not a regular file")
 
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:
+        data = self._again(lambda: self._read(path, offset, length))
+        if version is not None and self.state(path).version != version:
+            raise StorageFault(f"{self.url_of(path)} was replaced while it was read")
+        return data
+
+    def _read(self, path: str, offset: int, length: int | None) -> bytes:
         with self._named(path):
             # Without waiting for who might write into a pipe that a list names as if it were a file.
             descriptor = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -208,14 +273,15 @@ class FileBackend:
                     offset += len(part)
             finally:
                 os.close(descriptor)
-        if version is not None and self.state(path).version != version:
-            raise StorageFault(f"{self.url_of(path)} was replaced while it was read")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, path: str, data: bytes) -> None:
-        write_file(self._root / path, (data,))
+        self._again(lambda: write_file(self._root / path, (data,)))
 
     def create(self, path: str, data: bytes) -> bool:
+        return self._again(lambda: self._create(path, data))
+
+    def _create(self, path: str, data: bytes) -> bool:
         target = self._root / path
         with temporary_file(target) as temporary:
             _write_blocks(temporary, (data,), target)
@@ -226,15 +292,15 @@ class FileBackend:
                 return False
             except OSError as error:
                 if error.errno not in _NO_LINKS:
-                    raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
-                try:
-                    _write_blocks(target, (data,), target)
-                except FileExistsError:
-                    return False
+                    raise _understood(error, f"cannot write {target}: {error.strerror}") from None
+                return _create_without_links(target, data)
         _sync_folder(target.parent)
         return True
 
     def upload(self, source: Path, path: str) -> tuple[int, str]:
+        return self._again(lambda: self._upload(source, path))
+
+    def _upload(self, source: Path, path: str) -> tuple[int, str]:
         digest, size = hashlib.sha256(), 0
 
         def blocks() -> Iterator[bytes]:
@@ -253,30 +319,73 @@ class FileBackend:
         return size, digest.hexdigest()
 
     def delete(self, path: str) -> None:
-        with self._named(path), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._root / path)
+        def once() -> None:
+            with self._named(path, changes=True), contextlib.suppress(FileNotFoundError):
+                os.unlink(self._root / path)
+
+        self._again(once)
 
     def delete_tree(self, path: str) -> None:
+        self._again(lambda: self._delete_tree(path))
+
+    def _delete_tree(self, path: str) -> None:
         folder = self._root / path
-        with self._named(path):
+        with self._named(path, changes=True):
             for _ in range(_DELETE_TRIES):
                 shutil.rmtree(folder, onerror=_pass_over_others)
                 if not folder.exists():
                     return
         # Somebody goes on writing there. As in an object store, what is written meanwhile stays.
 
+    def _again(self, call: Callable[[], _T]) -> _T:
+        """Call until it works, the fault is no passing one, or the tries are used up; as with S3, with growing, uneven
+        pauses.
+        """
+        for attempt in range(1, self._attempts):
+            try:
+                return call()
+            except StorageFault as error:
+                # Without a number it is not the system's. An EIO has been tried again by the kernel: a bad block.
+                if error.errno in (None, errno.EIO):
+                    raise
+            wait = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
+            # An instance of its own: the global random state belongs to the training.
+            time.sleep(wait * random.Random().uniform(0.5, 1))
+        return call()
+
     @contextlib.contextmanager
-    def _named(self, path: str) -> Iterator[None]:
-        """OSErrors of the system, with the full url in the message."""
+    def _named(self, path: str, *, changes: bool = False) -> Iterator[None]:
+        """Errors of the system, with the full url in the message; ``changes``: of what is more than reading."""
         url = self.url_of(path)
         try:
             yield
+        except (StorageFault, StorageRefused):
+            raise
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(errno.ENOENT, "no such file", url) from None
         except IsADirectoryError:
             raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", url) from None
         except OSError as error:
+            if passes(error) or changes:
+                raise _understood(error, f"{url}: {error.strerror}") from None
             raise type(error)(error.errno, f"{url}: {error.strerror}") from None
+
+
+def _create_without_links(target: Path, data: bytes) -> bool:
+    """On a file system that has none: whoever makes the file fills it. One that cannot be filled is not left."""
+    try:
+        with writing(target):
+            file = target.open("xb", buffering=0)
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            _fill(file, (data,), target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            target.unlink()
+        raise
+    return True
 
 
 def _pass_over_others(function: object, path: str, raised: tuple[type, BaseException, object]) -> None:

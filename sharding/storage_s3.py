@@ -59,7 +59,6 @@ _WRONG_KEY = {
     "SignatureDoesNotMatch": "the secret key does not belong to the access key",
     "ExpiredToken": "the credentials have expired",
     "InvalidToken": "the session token is not valid",
-    "RequestTimeTooSkewed": "the clock of this machine is wrong",
 }
 _DENIED = {"AccessDenied", "403", "AllAccessDisabled", "AccountProblem", "InvalidPayer"}
 _NO_KEY = {
@@ -71,6 +70,7 @@ _TRANSIENT_CODES = {
     "IncompleteBody", "XAmzContentSHA256Mismatch", "Throttling", "ThrottlingException",
     "RequestLimitExceeded", "TooManyRequests",
     "MalformedXML",  # ours is well-formed: it was damaged on its way
+    "RequestTimeTooSkewed",  # this machine's clock was set, and is being set right; else the last try says so
 }  # fmt: skip
 _TRANSIENT_ERRORS: tuple[type[BaseException], ...] = (
     aws.HTTPClientError, aws.ConnectionError, aws.ResponseStreamingError, aws.IncompleteReadError,

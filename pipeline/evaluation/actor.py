@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.ledger import EvaluationKey, Ledger, Outcome
 from pipeline.evaluation.result import TaskResult
 from pipeline.evaluation.statistics import bootstrap_intervals
 from pipeline.evaluation.tasks.base import TaskConfig
+from pipeline.patience import patiently
 from sharding.errors import BadData, BadDataLimit, StorageFault
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Assignment:
             version=self.version,
             dataset={"name": self.task.dataset_name or self.task.name, "digest": self.data_digest},
             started=self.started,
-            finished=time.time(),
+            finished=max(self.started, time.time()),  # the driver's clock may differ, or have been set
             attempt=self.attempt,
             kind=self.task.kind,
             settings=self.task.decisive(),
@@ -101,7 +103,9 @@ class EvaluationActor:
         """Runs one attempt. Every error is an answer: the caller decides whether it is tried again."""
         try:
             result = self._evaluate(assignment)
-            return Ledger(assignment.run).finish(assignment.outcome(result), result)
+            finish = partial(Ledger(assignment.run).finish, assignment.outcome(result), result)
+            # What took minutes to find is not given up for a disk that is full for one.
+            return patiently(finish, f"evaluation {assignment.task.name}")
         except Exception as error:  # noqa: BLE001 - whatever fails is recorded with its cause, and reported
             # Broken data and the user's mistakes (ValueError) are there at the next attempt too.
             permanent = isinstance(error, BadData | BadDataLimit | ValueError | NotImplementedError)

@@ -35,7 +35,7 @@ from pipeline.evaluation.ledger import (
 from pipeline.evaluation.runner import Runner
 from pipeline.evaluation.schedule import Due, Schedule
 from pipeline.evaluation.versions import TaskVersions
-from sharding.errors import BadData, StorageFault
+from sharding.errors import BadData, StorageFault, UserError
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Checkpoint
@@ -289,6 +289,7 @@ class Dispatcher:
     # The thread.
 
     def _loop(self) -> None:
+        told = ""
         try:
             while not self._stop.is_set():
                 try:
@@ -300,12 +301,19 @@ class Dispatcher:
                         self._looked = float("-inf")
                         continue
                 except StorageFault as error:
-                    log.warning("evaluations wait for the storage: %s", error)
+                    if str(error) != told:
+                        log.warning("evaluations wait for the storage: %s", error)
+                    told = str(error)
                     self._stop.wait(self._poll_s)
+                else:
+                    told = ""
                 self._wake.wait(_TICK_S)
                 self._wake.clear()
         except BaseException as error:  # raised again by wait(): a fault here must not end the training
-            log.exception("evaluations have stopped; the training goes on")
+            if isinstance(error, UserError | OSError):  # the storage refuses
+                log.error("evaluations have stopped; the training goes on: %s", error)
+            else:
+                log.exception("evaluations have stopped; the training goes on")
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

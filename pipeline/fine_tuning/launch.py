@@ -13,7 +13,6 @@ the fine-tuning goes on from its newest checkpoint, whatever was killed: a worke
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from pipeline.runs import read_record
+from pipeline.scratch import scratch_folder
 from pipeline.tracking import Tracker, TrackingConfig, environment_tags, flatten_params
 from pipeline.training.health.config import HealthBlock
 from sharding.errors import BadData, BadDataLimit, StorageFault
@@ -153,7 +153,7 @@ def _train(assignment: Assignment, setup: FineTuningSetup, place: Storage) -> Ch
     course = subject.course
     [stage] = course.stages
     key = f"{assignment.checkpoint.digest[:16]}-{assignment.task.name}-v{assignment.version}"
-    scratch = Path(tempfile.gettempdir()) / f"glscl-{key}"
+    scratch = scratch_folder(key, place)
     with _tracked(assignment, setup, subject, place, key) as tracker:
         there = list_checkpoints(place)
         if there and there[-1].step == course.total_steps:

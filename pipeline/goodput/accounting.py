@@ -10,6 +10,9 @@ An attempt is one group of workers from its first to its last sign of life. What
 The time between two attempts is that of the restart, but for the time in which no driver ran, and for the time in
 which a driver waited for evaluations. A death is known to the last sign of life before it (``records.INTERVAL_S``):
 steps done after that are trained again without being known as such, and their first time counts as restart.
+
+Machines whose clocks differ, or were set between two boots, may tell of times that overlap, or lie far apart. What an
+attempt says of itself counts in full then, and no second between attempts counts twice: shares stay shares.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Attempt:
         flops: of the steps that count as compute, all workers together; 0: not counted.
         peak: FLOP/s that the devices of all workers could do; 0: not known.
         peak_name: what that is.
+        boot: of the machine whose clock this is by; empty: not known.
+        offset: seconds since the epoch when that boot began, by the first record of the run in it.
     """
 
     began: float
@@ -58,15 +63,22 @@ class Attempt:
     flops: float = 0.0
     peak: float = 0.0
     peak_name: str = ""
+    boot: str = ""
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Life:
-    """One driver of the run. ``evaluating``: since when it waited for evaluations alone; None: it never did."""
+    """One driver of the run. ``evaluating``: since when it waited for evaluations alone; None: it never did.
+
+    ``boot`` and ``offset``: as of :class:`Attempt`.
+    """
 
     began: float
     seen: float
     evaluating: float | None = None
+    boot: str = ""
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,15 +161,19 @@ def _between(begin: float, end: float, cause: str, lives: Sequence[Life]) -> dic
         if seen is not None and life.began > seen:
             down.append((seen, life.began))
         seen = life.seen if seen is None else max(seen, life.seen)
-    waits = [(life.evaluating, life.seen) for life in lives if life.evaluating is not None]
+    waits = [(max(life.began, life.evaluating), life.seen) for life in lives if life.evaluating is not None]
     found = {"down": _covered(begin, end, down), "evaluation": _covered(begin, end, waits)}
     found[cause] = max(0.0, end - begin - sum(found.values()))
     return found
 
 
 def _covered(begin: float, end: float, spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds between ``begin`` and ``end`` that lie in a span; the spans do not overlap each other."""
-    return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in spans)
+    """Seconds between ``begin`` and ``end`` that lie in a span, or in several."""
+    covered, cursor = 0.0, begin
+    for first, last in sorted(spans):
+        covered += max(0.0, min(end, last) - max(cursor, first))
+        cursor = max(cursor, last)
+    return covered
 
 
 def _within(attempt: Attempt, start: str) -> dict[str, float]:

@@ -5,6 +5,9 @@ Layout, below the run's folder::
     goodput/attempt-<began, ns>.json   one group of workers; written by its worker 0 as it goes
     goodput/driver-<began, ns>.json    one life of the driver
 
+Times are in seconds since the epoch, by the clock as the first record of a run in a boot of a machine found it: what
+happens on one machine keeps its order and its length when the clock is set meanwhile.
+
 Each is one small file, written anew every ``INTERVAL_S`` seconds by a thread of its own and at the end: ``kill -9``
 loses at most one interval, and a storage that stays away stops nobody.
 """
@@ -13,22 +16,24 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Self, TypeVar
 
-import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from pipeline.boot import age_s, boot_id, uptime_s
 from pipeline.goodput.accounting import Attempt, Life, cause_of
 from pipeline.training.clock import Clock
-from sharding.errors import StorageFault, UserError
+from sharding.errors import UserError
 from sharding.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -54,15 +59,34 @@ def read_records(run: Storage) -> tuple[list[Life], list[Attempt]]:
 
 def _read(run: Storage, path: str, kind: type[_Record]) -> list[_Record]:
     try:
-        return [TypeAdapter(kind).validate_json(run.read_bytes(path))]
+        record = TypeAdapter(kind).validate_json(run.read_bytes(path))
+        if not math.isfinite(record.began) or not record.began <= record.seen < math.inf:
+            raise ValueError(f"from {record.began} to {record.seen}")
+        return [record]
     except FileNotFoundError:
         return []
     except UserError:
         raise  # a ValueError too: the storage refuses
-    except ValidationError as error:
+    except ValueError as error:  # also pydantic's
         cause = str(error).splitlines()[0]
         logger.warning("%s is damaged, its time is not accounted for (%s)", run.url_of(path), cause)
         return []
+
+
+class _Timeline:
+    """The present moment, in seconds since the epoch, for the records of one run; see the module.
+
+    Args:
+        records: all of the run so far.
+    """
+
+    def __init__(self, records: Iterable[Life | Attempt]) -> None:
+        self.boot = boot_id()
+        here = [one.offset for one in records if self.boot and one.boot == self.boot]
+        self.offset = here[0] if here else time.time() - uptime_s()
+
+    def now(self) -> float:
+        return self.offset + uptime_s()
 
 
 class _Recorder(ABC):
@@ -93,13 +117,13 @@ class _Recorder(ABC):
             self.write()
 
     def write(self) -> None:
-        """Write the record now. Never raises for a storage that is away."""
+        """Write the record now. Never raises for a storage that is away, or refuses."""
         assert self._run is not None
         with self._writing:
             try:
                 self._run.write_bytes(self._path, json.dumps(asdict(self._record())).encode())
                 self._warned = False
-            except StorageFault as error:
+            except (OSError, UserError) as error:
                 if not self._warned:
                     logger.warning("where the time goes could not be recorded: %s", error)
                 self._warned = True
@@ -115,23 +139,21 @@ class LifeRecorder(_Recorder):
 
     def __init__(self, run: Storage | None) -> None:
         super().__init__(run, "driver")
-        earlier = [] if run is None else read_records(run)[0]
-        self._began, self._monotonic = time.time(), time.monotonic()
+        earlier, attempts = ([], []) if run is None else read_records(run)
+        self._time = _Timeline([*earlier, *attempts])
         self._evaluating: float | None = None
         # The start of a driver that goes on with a run belongs to the restart; that of the first prepared data.
-        self._since = self._began
+        self._since = now = self._time.now()
         if earlier:
-            self._since = max(psutil.Process().create_time(), *(life.seen for life in earlier))
+            # Another machine's clock may be ahead of this one's.
+            self._since = min(now, max(now - age_s(os.getpid()), *(life.seen for life in earlier)))
 
     def evaluating(self) -> None:
         """From now on it only waits for evaluations."""
-        self._evaluating = self._now()
-
-    def _now(self) -> float:
-        return self._began + time.monotonic() - self._monotonic
+        self._evaluating = self._time.now()
 
     def _record(self) -> Life:
-        return Life(self._since, self._now(), self._evaluating)
+        return Life(self._since, self._time.now(), self._evaluating, self._time.boot, self._time.offset)
 
 
 class AttemptRecorder(_Recorder):
@@ -145,8 +167,9 @@ class AttemptRecorder(_Recorder):
         super().__init__(run, "attempt")
         self.clock = Clock()
         self._workers = workers
-        self._began, self._monotonic = time.time(), time.monotonic()
-        known = [] if run is None else read_records(run)[1]
+        lives, known = ([], []) if run is None else read_records(run)
+        self._time = _Timeline([*lives, *known])
+        self._began = self._time.now()
         self._before = max((attempt.step for attempt in known), default=0)
         self._lock = threading.Lock()
         self._told = self.clock.seconds()
@@ -171,7 +194,7 @@ class AttemptRecorder(_Recorder):
         with self._lock:
             self._step = step
             self._before = max(self._before, step)  # a rollback within the attempt trains steps again too
-            self._first_step = self._first_step or self._now()
+            self._first_step = self._first_step or self._time.now()
             self._redone += redone
             self._skipped += self._skips
             self._flops += 0.0 if redone or self._skips else self._step_flops
@@ -196,12 +219,9 @@ class AttemptRecorder(_Recorder):
                 self._seconds[cause] += seconds - self._told[phase]
             self._told = now
 
-    def _now(self) -> float:
-        return self._began + time.monotonic() - self._monotonic
-
     def _record(self) -> Attempt:
         with self._lock:
-            seen = self._now()
+            seen = self._time.now()
             seconds = self._seconds.copy()
             phase = self.clock.now.phase
             if phase in ("build", "resume", "checkpoint"):  # a step counts when it is done
@@ -218,4 +238,6 @@ class AttemptRecorder(_Recorder):
                 flops=self._flops,
                 peak=self._peak,
                 peak_name=self._peak_name,
+                boot=self._time.boot,
+                offset=self._time.offset,
             )

@@ -5,7 +5,8 @@
                +-> segments in the run's storage (server away: at checkpoints, when memory is full, at the
                end)
 
-Segments are older than memory and go first once the server answers, also in a later life of the process.
+Segments are older than memory and go first once the server answers, by their steps, also in a later life of the
+process.
 What the server has already (by the last step of each metric) is not sent again; a batch whose answer was
 lost is sent again with the same time stamps, which MLflow's store recognises.
 """
@@ -283,7 +284,6 @@ class MetricLogger:
         """Moves what is in memory to a segment in storage; it is sent from there later."""
         if self._spool is None:
             return
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl"
         # The sender may hold its lock through a request that hangs; then rows it is just sending are kept
         # too, which costs a second sending (recognised by the store), not a loss.
         held = self._sending.acquire(timeout=1.0)
@@ -292,6 +292,10 @@ class MetricLogger:
                 rows = list(self._rows)
             if not rows:
                 return
+            # Sorted by name, as they are sent: by the clock, which may be set back, a later step could come first, and
+            # those before it would then be passed over.
+            steps = [row.step for row in rows]
+            name = f"{min(steps):012d}-{max(steps):012d}-{uuid.uuid4().hex[:8]}.jsonl"
             text = "".join(json.dumps(row) + "\n" for row in rows)
             try:
                 self._spool.write_bytes(name, text.encode())
@@ -299,7 +303,7 @@ class MetricLogger:
                 log.warning("metrics could not be kept in %s: %s", self._spool.url, one_line(error))
                 return
             with self._lock:
-                self._segments.append(name)
+                self._segments = sorted([*self._segments, name])
                 self._kept += sum(len(row.metrics) for row in rows)
             self._forget(rows)
         finally:

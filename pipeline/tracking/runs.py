@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
+log = logging.getLogger("pipeline.tracking")
+
 RUN_KEY = "glscl.run_key"
+STORAGE = "storage"  # the tag that says where the run lies
 _VALUE_LIMIT = 6000  # MLflow's limit of a parameter; tags may be 8000
 _BATCH = 100  # parameters or tags in one request
 _LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "timm", "webdataset", "mlflow")
@@ -68,8 +72,10 @@ def open_run(
     run = _find(client, experiment_id, key, existing_run_id)
     if run is None:
         run = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: key})
-    elif run.info.status != "RUNNING":
-        client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        _tell_of_move(run, tags)
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
 
     from mlflow.entities import Param, RunTag
 
@@ -81,6 +87,18 @@ def open_run(
         part = slice(start, start + _BATCH)
         client.log_batch(run.info.run_id, params=fresh[part], tags=marks[part])
     return RunHandle(key, run.info.run_id, run.info.experiment_id, config.address)
+
+
+def _tell_of_move(run: Run, tags: Mapping[str, str]) -> None:
+    """A run that was moved goes on as it is; whether it goes on where it was too cannot be told here."""
+    before, now = run.data.tags.get(STORAGE), tags.get(STORAGE)
+    if before is not None and now is not None and before != _short(now):
+        log.warning(
+            "the run was in %s and goes on in %s: should it still be there too, go on with one of them only, "
+            "as both are one run in MLflow",
+            before,
+            _short(now),
+        )
 
 
 def find_run(client: MlflowClient, config: TrackingConfig, key: str) -> str | None:

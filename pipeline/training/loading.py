@@ -16,6 +16,7 @@ import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +28,8 @@ from pipeline.training.consumption import RETRACTED
 from pipeline.training.data_order import DataOrder, Ordered
 from pipeline.training.health.stacks import write_stacks_on_signal
 from pipeline.training.transport import SharedPixels, send_batches_through_slots
+from sharding.errors import StorageFault, UserError
+from sharding.forkserver import forkserver
 
 #: Batches that each loader process works on ahead of the training.
 PREFETCHED_BATCHES = 4
@@ -123,7 +126,7 @@ def import_ahead(*modules: str) -> None:
     Each loader process of each stage would else import torch and what comes with it for itself, which takes seconds
     of a core and some hundred MB. To be called before anything else is forked by this process's server.
     """
-    multiprocessing.set_forkserver_preload(["__main__", *modules])
+    forkserver().set_forkserver_preload(["__main__", *modules])
     multiprocessing.forkserver.ensure_running()
 
 
@@ -146,11 +149,23 @@ def batch_loader(
         num_workers=processes,
         collate_fn=collate,
         # s3fs and gloo threads do not survive a fork; the server process forks before either exists.
-        multiprocessing_context="forkserver" if processes else None,
+        multiprocessing_context=forkserver() if processes else None,
         prefetch_factor=PREFETCHED_BATCHES if processes else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_begin_loader_process,
     )
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Faults of the storage that a loader process met, as it told them: torch makes its whole traceback the message."""
+    try:
+        yield
+    except (StorageFault, UserError) as error:
+        lines = str(error).splitlines()
+        if not lines or not lines[0].startswith("Caught "):
+            raise
+        raise type(error)(lines[-1].partition(f"{type(error).__name__}: ")[2] or lines[-1]) from None
 
 
 def _begin_loader_process(_: int) -> None:

@@ -53,7 +53,7 @@ from pipeline.training.health.samples import BadSampleGuard
 from pipeline.training.health.watchdog import watched
 from pipeline.training.health.windows import again_after_rollback, freed_by_rollback
 from pipeline.training.learner import Learner, Part, Subject
-from pipeline.training.loading import TrainingBatch
+from pipeline.training.loading import TrainingBatch, in_one_line
 from pipeline.training.preemption import Preemption
 from pipeline.training.schedule import learning_rate_at, set_learning_rates
 from sharding.storage import Storage
@@ -263,7 +263,7 @@ def _timed(loader: DataLoader[Any], clock: Clock) -> Iterator[tuple[TrainingBatc
     iterator = iter(loader)
     while True:
         asked = time.monotonic()
-        with clock.phase("data"):
+        with clock.phase("data"), in_one_line():
             batch = next(iterator, None)
         if batch is None:
             return

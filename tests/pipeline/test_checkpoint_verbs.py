@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from pipeline import patience
 from pipeline.cli import app
-from pipeline.training.checkpoints import list_checkpoints, writer
+from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.checkpoints.fragments import Pieces, Stretch, write_pieces
 from pipeline.training.checkpoints.record import commit
 from sharding.errors import BadData, StorageFault, UserError
@@ -158,9 +159,9 @@ def test_a_write_outlasts_an_outage_of_the_storage_and_not_its_patience(
             raise faults.pop()
         return "done"
 
-    monkeypatch.setattr(writer, "_AGAIN_S", 0.0)
-    assert writer._patiently(act) == "done"
+    monkeypatch.setattr(patience, "_AGAIN_S", 0.0)
+    assert patience.patiently(act, "it") == "done"
     faults.append(StorageFault("away for good"))
-    monkeypatch.setattr(writer, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.0)
     with pytest.raises(StorageFault, match="away for good"):
-        writer._patiently(act)
+        patience.patiently(act, "it")

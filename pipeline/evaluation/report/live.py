@@ -14,7 +14,7 @@ from pipeline.evaluation.report.page import html_report
 from pipeline.evaluation.report.terminal import text_report
 from pipeline.evaluation.result import Example
 from pipeline.tracking.links import run_page
-from sharding.errors import BadData, StorageFault, UserError
+from sharding.errors import BadData, UserError
 
 if TYPE_CHECKING:
     from pipeline.tracking import Tracker
@@ -130,7 +130,7 @@ class LiveReport:
             began = time.monotonic()
             try:
                 self.write()
-            except (StorageFault, UserError) as error:  # the last page is written by who waits for it
+            except (OSError, UserError) as error:  # the last page is written by who waits for it
                 log.warning("the report could not be written, next try later: %s", error)
                 self._news.set()
             self._stop.wait(max(self._least_s, (time.monotonic() - began) / _SHARE))

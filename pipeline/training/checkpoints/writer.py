@@ -17,7 +17,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from pipeline.patience import patiently
 from pipeline.training.checkpoints.fragments import Stretch, write_pieces
 from pipeline.training.checkpoints.record import FOLDER, FORMAT, VERSION, Checkpoint, commit
 from pipeline.training.checkpoints.state import held, loss_scale, whole_weights
-from sharding.errors import StorageFault
+from sharding.errors import StorageFault, StorageRefused
 from sharding.storage import Storage
+from sharding.storage_file import passes
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerContext
@@ -41,10 +45,8 @@ _Result = TypeVar("_Result")
 
 _POLL_S = 0.2  # first look for the other workers' parts
 _LONGEST_POLL_S = 2.0
-#: For so long a write goes on trying when the storage is away, beyond the retries of each access: the training goes on
-#: beside it and waits for it at the next checkpoint.
-PATIENCE_S = 900.0
-_AGAIN_S = 5.0
+#: For so long a local disk that is full is waited for: unlike the storage it is seldom somebody else's to mend.
+_SCRATCH_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -184,26 +186,32 @@ class CheckpointWriter:
                 self._commit(snapshot, files, before_commit)
             else:
                 part = f"{snapshot.path}/{_part(self._context.rank)}"
-                _patiently(partial(self._run.write_bytes, part, _encoded(files)))
+                self._patiently(partial(self._run.write_bytes, part, _encoded(files)))
             self._seconds = time.monotonic() - began
         except BaseException as error:  # noqa: BLE001 - raised again in the training's thread
             self._error = error
 
     def _upload(self, module: Any, snapshot: _Snapshot) -> dict[str, dict[str, Any]]:
         """This worker's files into storage; returns their sizes and sums."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        (self._scratch / "state").mkdir(parents=True)
-        name = f"state/worker-{self._context.rank:05d}.safetensors"
-        write_pieces(self._scratch / name, snapshot.values, snapshot.updates)
-        if snapshot.weights:
-            module.save_pretrained(self._scratch / "model", state_dict=snapshot.weights)
+        patiently(
+            partial(self._write_scratch, module, snapshot), "the checkpoint", patience_s=_SCRATCH_PATIENCE_S
+        )
         files = {}
         for source in sorted(path for path in self._scratch.rglob("*") if path.is_file()):
             name = source.relative_to(self._scratch).as_posix()
-            uploaded = _patiently(partial(self._run.upload, source, f"{snapshot.path}/{name}"))
+            uploaded = self._patiently(partial(self._run.upload, source, f"{snapshot.path}/{name}"))
             files[name] = {"size": uploaded.size, "sha256": uploaded.sha256}
         shutil.rmtree(self._scratch, ignore_errors=True)
         return files
+
+    def _write_scratch(self, module: Any, snapshot: _Snapshot) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        name = f"state/worker-{self._context.rank:05d}.safetensors"
+        with _scratch_disk(self._scratch):
+            (self._scratch / "state").mkdir(parents=True)
+            write_pieces(self._scratch / name, snapshot.values, snapshot.updates)
+            if snapshot.weights:
+                module.save_pretrained(self._scratch / "model", state_dict=snapshot.weights)
 
     def _commit(
         self,
@@ -212,12 +220,16 @@ class CheckpointWriter:
         before_commit: Callable[[], dict[str, Any]],
     ) -> None:
         for rank in range(1, self._context.world_size):
-            files = files | _patiently(partial(self._await_part, snapshot.path, rank))
-        record = {**snapshot.record, **_patiently(before_commit), "files": dict(sorted(files.items()))}
-        saved = _patiently(partial(commit, self._run, snapshot.path, record))
+            files = files | self._patiently(partial(self._await_part, snapshot.path, rank))
+        record = {**snapshot.record, **self._patiently(before_commit), "files": dict(sorted(files.items()))}
+        saved = self._patiently(partial(commit, self._run, snapshot.path, record))
         logger.info("checkpoint of step %d committed (%s)", saved.step, saved.digest[:12])
         if self._committed is not None:
-            _patiently(partial(self._committed, saved))
+            self._patiently(partial(self._committed, saved))
+
+    def _patiently(self, act: Callable[[], _Result]) -> _Result:
+        """The training goes on beside it, and waits for it at the next checkpoint."""
+        return patiently(act, "the checkpoint")
 
     def _await_part(self, path: str, rank: int) -> dict[str, dict[str, Any]]:
         """What another worker has uploaded. A worker that fails ends the group, and this thread with it."""
@@ -230,21 +242,21 @@ class CheckpointWriter:
                 pause = min(2 * pause, _LONGEST_POLL_S)
 
 
-def _patiently(act: Callable[[], _Result]) -> _Result:
-    """What ``act`` returns, which may be done again after a fault of the storage.
+@contextmanager
+def _scratch_disk(folder: Path) -> Iterator[None]:
+    """Faults of the disk of ``folder`` in one line that names it.
 
     Raises:
-        StorageFault: the last one, once patience is over.
+        StorageFault, StorageRefused: it is full, read-only, ...; safetensors tells all of these alike.
     """
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return act()
-        except StorageFault as error:
-            if time.monotonic() >= until:
-                raise
-            logger.warning("the checkpoint waits for the storage: %s", error)
-            time.sleep(_AGAIN_S)
+    where = f"cannot write {folder} (local scratch, below TMPDIR)"
+    try:
+        yield
+    except SafetensorError as error:
+        raise StorageFault(f"{where}: {error}") from None
+    except OSError as error:
+        kind = StorageFault if passes(error) else StorageRefused
+        raise kind(f"{where}: {error.strerror or error}", error) from None
 
 
 def _part(rank: int) -> str:

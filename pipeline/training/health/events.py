@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.patience import patiently
 from sharding.storage import Storage
 
 Kind = Literal["non-finite-loss", "non-finite-gradient", "loss-spike"]
@@ -40,7 +41,8 @@ class Event:
 
     def write(self, run: Storage, action: str, **more: Any) -> None:
         """Keep it with the run: what was done (skipped, told, rolled back, ended the run), and what else to say."""
-        run.write_json(self.path, {**vars(self), **more, "action": action})
+        record = {**vars(self), **more, "action": action}
+        patiently(lambda: run.write_json(self.path, record), "the record of a faulty step")
 
     def samples(self) -> str:
         """The samples, as many as a message bears."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from pipeline.errors import OutOfMemory
+from pipeline.errors import OutOfMemory, too_many_files
 
 if TYPE_CHECKING:
     from cluster.workers import WorkerContext
@@ -36,10 +36,13 @@ def explained(course: Course, context: WorkerContext) -> Iterator[None]:
 
     Raises:
         OutOfMemory: in place of what torch, numpy or a loader process raised.
+        TooManyFiles: in place of the system's error.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        if (explanation := too_many_files(error)) is not None:
+            raise explanation from error
         where = where_short(error)
         if where is None:
             raise

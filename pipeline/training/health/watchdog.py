@@ -23,6 +23,7 @@ import psutil
 from pipeline.training.clock import Clock, Moment
 from pipeline.training.health.config import HealthBlock
 from pipeline.training.health.stacks import stacks
+from sharding.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.board import Board
@@ -48,7 +49,6 @@ class Standing:
         node: its number and name.
         seconds: since when.
         hangs: whether that is longer than its phase may take.
-        at: when this was noted (seconds since the epoch).
     """
 
     rank: int
@@ -57,7 +57,6 @@ class Standing:
     phase: str
     seconds: float
     hangs: bool
-    at: float
 
     def __str__(self) -> str:
         return (
@@ -154,9 +153,7 @@ class Watchdog:
         if seconds < limit / 2:
             return None
         hangs = seconds >= limit
-        return Standing(
-            self._context.rank, self._node, moment.step, moment.phase, seconds, hangs, time.time()
-        )
+        return Standing(self._context.rank, self._node, moment.step, moment.phase, seconds, hangs)
 
     def _post(self, mine: Standing) -> None:
         if self._board is not None:
@@ -164,13 +161,15 @@ class Watchdog:
 
     def _standing(self, mine: Standing) -> list[Standing]:
         """All workers that stand, by rank."""
-        notes: dict[str, Any] = self._board.read() if self._board is not None else {}
         found = {mine.rank: mine}
+        notes: dict[str, Any] = {}
+        if self._board is not None:
+            # By the board's own clock, as the workers' may differ, or be set at any moment.
+            notes = self._board.read(within_s=3 * self._every + _STORAGE_S)
         for topic, note in notes.items():
             if topic.startswith("standing/"):
                 one = Standing(**note)
-                fresh = mine.at - one.at < 3 * self._every + _STORAGE_S
-                if fresh and one.rank < self._context.world_size:
+                if one.rank < self._context.world_size:
                     found.setdefault(one.rank, one)
         return [found[rank] for rank in sorted(found)]
 
@@ -197,7 +196,14 @@ class Watchdog:
         text = f"{mine}\n\n{stacks()}"
         logger.error("no progress: %s", text)
         path = f"health/hang-step-{mine.step:08d}-worker-{mine.rank}.txt"
-        writing = threading.Thread(target=self._run.write_bytes, args=(path, text.encode()), daemon=True)
+
+        def write() -> None:
+            try:
+                self._run.write_bytes(path, text.encode())
+            except (OSError, UserError) as error:
+                logger.warning("the stacks could not be kept: %s", error)
+
+        writing = threading.Thread(target=write, name="stacks", daemon=True)
         writing.start()
         writing.join(timeout=_STORAGE_S)
 

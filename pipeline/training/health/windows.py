@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import RolledBack
+from pipeline.patience import patiently
 from sharding.errors import BadData
 from sharding.storage import Storage
 
@@ -65,7 +66,8 @@ class LeftOut:
         self.windows.append(window)
         if self._rank == 0:
             windows = [asdict(one) for one in self.windows]
-            self._run.write_json(PATH, {"format": FORMAT, "version": 1, "windows": windows})
+            record = {"format": FORMAT, "version": 1, "windows": windows}
+            patiently(lambda: self._run.write_json(PATH, record), "the rollback")
         dist.barrier()
 
 
