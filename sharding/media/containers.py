@@ -35,6 +35,7 @@ _BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp
 _PICTURES = frozenset({"mjpeg", "png", "bmp", "gif", "webp", "tiff", "jpeg2000"})
 _TS_PACKET = 188
 _SYNC = 0x47
+_IN_A_ROW = 10
 
 
 def container_format(data: bytes) -> str:
@@ -101,7 +102,11 @@ def video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
 
 
 def refuse_cut(data: bytes, stream: VideoStream) -> None:
-    """Raises ``BadData("decode-failed")`` where bytes are missing from the file; see above for how that is known."""
+    """Raises ``BadData("decode-failed")`` where bytes are missing from the file; see above for how that is known.
+
+    Also where a recording is joined to another whose pictures come under another number, since FFmpeg would leave
+    them out. Before packets are read: PyAV stumbles over streams that appear in the middle.
+    """
     kind = container_format(data)
     if kind == "mp4":
         _refuse_cut_mp4(data, stream)
@@ -185,10 +190,7 @@ def _refuse_unshown(data: bytes, begin: int, end: int, track: int) -> None:
 
 
 def _refuse_cut_transport_stream(data: bytes, pid: int) -> None:
-    """Counters of the packets of ``pid`` (4 bits) go up by one, but where a recording is joined to another.
-
-    There a programme table comes before the next picture, and that picture can be decoded without another.
-    """
+    """Checks the packets of the pictures, whose number is ``pid``."""
     first, size = _ts_layout(data) or (0, _TS_PACKET)
     whole = len(data) // size
     if len(data) % size and any(data[whole * size :]):
@@ -198,7 +200,37 @@ def _refuse_cut_transport_stream(data: bytes, pid: int) -> None:
     if damaged.any():
         raise _missing(f"the packet at byte {int(damaged.argmax()) * size} is damaged")
     pids = (packets[:, 1] & 0x1F).astype(np.int32) << 8 | packets[:, 2]
-    counted = np.flatnonzero((pids == pid) & (packets[:, 3] & 0x10 != 0))
+    filled = packets[:, 3] & 0x10 != 0
+    counted = np.flatnonzero((pids == pid) & filled)
+    if not len(counted):
+        raise _missing("it has no packets of pictures")
+    # Pictures of another program come between those of this one; those of a joined recording, many in a row.
+    starts = _picture_starts(packets, filled)
+    starts = starts[pids[starts] != pid]
+    between = np.searchsorted(counted, starts)
+    in_a_row = np.bincount(between, minlength=len(counted) + 1)
+    if in_a_row.max() >= _IN_A_ROW:
+        where = int(starts[np.argmax(in_a_row[between])]) * size
+        raise BadData("decode-failed", f"at byte {where} pictures of a joined recording have another number")
+    _refuse_gaps(packets, pids, counted, size)
+
+
+def _picture_starts(packets: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    """Places of the packets in which a packetised stream of pictures (0xE0 to 0xEF) begins anew."""
+    places = np.flatnonzero((packets[:, 1] & 0x40 != 0) & filled)
+    adapted = packets[places, 3] & 0x20 != 0
+    payload = 4 + np.where(adapted, 1 + packets[places, 4].astype(np.int32), 0)
+    fits = payload + 4 <= _TS_PACKET
+    places, payload = places[fits], payload[fits]
+    head = [packets[places, payload + number] for number in range(4)]
+    return places[(head[0] == 0) & (head[1] == 0) & (head[2] == 1) & (head[3] & 0xF0 == 0xE0)]
+
+
+def _refuse_gaps(packets: np.ndarray, pids: np.ndarray, counted: np.ndarray, size: int) -> None:
+    """Counters of the packets at ``counted`` (4 bits) go up by one, but where a recording is joined to another.
+
+    There a programme table comes before the next picture, and that picture can be decoded without another.
+    """
     counters = packets[counted, 3] & 0x0F
     for place in (np.flatnonzero(counters[1:] != (counters[:-1] + 1) % 16) + 1).tolist():
         before, here = int(counted[place - 1]), int(counted[place])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.media.colour import composited
-from sharding.media.hdr import needs_mapping, to_sdr
+from sharding.media.hdr import HLG, PQ, needs_mapping, to_sdr
 from sharding.media.resizing import resized_pixels
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def _guessed_matrix(frame: av.VideoFrame) -> str | None:
     """What players take where the file does not say: BT.709 for HD, BT.601 for smaller frames, BT.2020 for HDR."""
     if frame.colorspace != _UNSPECIFIED or frame.format.is_rgb:
         return None
-    if frame.color_primaries == 9:
+    hdr = frame.color_trc in (PQ, HLG) and frame.color_primaries == _UNSPECIFIED
+    if frame.color_primaries == 9 or hdr:
         return _BT2020
     return _BT601 if frame.width <= _SD[0] and frame.height <= _SD[1] else _BT709
 

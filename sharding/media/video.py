@@ -206,9 +206,9 @@ def shown_frames(data: bytes, max_pixels: int) -> tuple[Packets, Iterator[tuple[
     kind = container_format(data)
     with open_clip(data) as container:
         stream = video_stream(container, max_pixels)
-        packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
         refuse_unshown_edits(data, stream)
+        packets = clip_packets(container, kind, stream)
     return packets, _decoded(data, kind, packets, max_pixels)
 
 
@@ -280,9 +280,9 @@ def chosen_frames(
     kind, given = container_format(data), 0
     with open_clip(data) as container:
         stream = video_stream(container, max_pixels)
-        packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
         refuse_unshown_edits(data, stream)
+        packets = clip_packets(container, kind, stream)
         if packets.jumps:
             wanted = [packets.times[place] for place in choose(packets.seconds, packets.lasts)]
             try:
@@ -362,9 +362,9 @@ def clip_info(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
     kind = container_format(data)
     with open_clip(data) as container:
         stream = video_stream(container, max_pixels)
-        packets = clip_packets(container, kind, stream)
         refuse_cut(data, stream)
         refuse_unshown_edits(data, stream)
+        packets = clip_packets(container, kind, stream)
     for _, frame in _decoded(data, kind, packets, max_pixels):
         height, width = shown(frame, packets.pixel_ratio).shape[:2]
         return MediaInfo(width, height, len(packets.times), round(packets.lasts, 6))

@@ -97,9 +97,12 @@ def _everywhere(data: bytes) -> list[npt.NDArray[np.uint8]]:
 
 
 @pytest.mark.parametrize("transfer", CURVES)
-def test_hdr_is_stored_as_sdr(transfer):
+@pytest.mark.parametrize(
+    "tags", [{"primaries": 9}, {"primaries": 9, "tagged": 2}, {"primaries": 2, "tagged": 2}]
+)
+def test_hdr_is_stored_as_sdr(transfer, tags):
     code = CURVES[transfer](light(COLOURS) @ TO_2020.T * 203)
-    data = _coded(code, matrix=9, transfer=transfer, primaries=9, bits=10)
+    data = _coded(code, matrix=9, transfer=transfer, bits=10, **tags)
     for pixels in _everywhere(data):
         shown = _patches(pixels)
         assert shown[0].min() >= 240  # reference white; what is brighter has the rest

@@ -246,6 +246,19 @@ def test_packets_that_are_missing_from_a_transport_stream_are_noticed(whole):
     assert causes(data[:1880] + bytes(188) + data[2068:]) == {"decode-failed"}
 
 
+def test_a_joined_recording_whose_pictures_ffmpeg_would_leave_out_is_dropped():
+    first = clip("mpegts", range(24))
+    assert clip_shows(first + clip("mpegts", range(24, COUNT)), fps=25) == list(range(COUNT))
+    for muxer in ({"mpegts_start_pid": "512"}, {"mpegts_start_pid": "512", "mpegts_pmt_start_pid": "4352"}):
+        second = clip("mpegts", range(24, COUNT), muxer=muxer)
+        with pytest.raises(BadData, match="joined recording"):
+            list(cut_video(first + second, VideoConfig()))
+        for joined in (second + first, first + second + first, (first + second) * 2):
+            assert causes(joined) == {"decode-failed"}
+        assert causes(first + second) == {"decode-failed"}
+    assert causes(first + clip("mpegts", range(24, COUNT), codec="mpeg2video")) == {"decode-failed"}
+
+
 def test_a_file_of_a_cover_alone_is_no_clip():
     data = clip("matroska", cover=True)
     with av.open(io.BytesIO(data)) as container:
