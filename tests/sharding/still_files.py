@@ -60,9 +60,7 @@ def png(
     if pixels is None:
         pixels = chunk(b"IDAT", zlib.compress(png_rows(samples, depth, interlaced)))
     header = png_header(samples.shape[1::-1], depth, colour, interlaced)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + pixels + behind + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + pixels + behind + chunk(b"IEND", b"")
 
 
 def transparent(*values: int) -> bytes:
@@ -90,9 +88,7 @@ def tiff(
             extra, packed = extra + packed, struct.pack(f"{order}I", behind + len(extra))
         entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", place)
-    return (
-        head + b"".join(planes) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + extra
-    )
+    return head + b"".join(planes) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + extra
 
 
 # ---------------------------------------------------------------- gif
@@ -110,7 +106,9 @@ def gif(
         out += b"!\xf9\x04" + bytes([disposal << 2 | (clear is not None), 5, 0, clear or 0, 0])
         out += b"," + struct.pack("<HHHHB", x, y, numbers.shape[1], numbers.shape[0], 0) + b"\2"
         codes = []
-        for place, number in enumerate(numbers.reshape(-1).tolist()):  # codes of 3 bits, cleared before they grow
+        for place, number in enumerate(
+            numbers.reshape(-1).tolist()
+        ):  # codes of 3 bits, cleared before they grow
             codes += [4, number] if place % 2 == 0 else [number]
         bits = "".join(format(code, "03b")[::-1] for code in [*codes, 5])
         bits += "0" * (-len(bits) % 8)
