@@ -22,6 +22,7 @@ from sharding.media.colour import composited, is_srgb, to_srgb
 from sharding.media.config import ImageConfig
 from sharding.media.info import Encoded, MediaInfo
 from sharding.media.plain import is_plain_jpeg
+from sharding.media.png import opens_elsewhere
 from sharding.media.resizing import resized_pixels, resized_planes
 from sharding.media.stills import Still, open_still
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
@@ -96,6 +97,8 @@ def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:
             kept = config.alpha == "keep" and upright.mode == "RGBA"
             picture = upright if kept else composited(upright, _ground(config))
             as_it_is = config.format == "keep" and decoded.untouched and picture.mode == upright.mode
+            if as_it_is and decoded.format == "PNG":
+                as_it_is = opens_elsewhere(data)
     if not isinstance(picture, Image.Image):
         return _store_planes(picture, decoded.size, config)
     kind = config.format if config.format != "keep" else _OWN_FORMAT.get(decoded.format, "webp")

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from sharding.errors import BadData
+from sharding.media.untrusted import decoding
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PROFILE = 1 << 22
@@ -186,7 +187,7 @@ class Png:
 
     @property
     def harmless(self) -> bool:
-        """Whether any reader of PNG opens it, as far as can be told without one."""
+        """Whether any reader of PNG opens it; an answer of no means only that it has to be tried."""
         return all(
             chunk.sound
             and (
@@ -262,7 +263,7 @@ class Png:
 
     def _stream(self, frame: _Frame, parts: Sequence[bytes | memoryview] | None = None) -> bytes:
         """A PNG of the frame with the chunks that decide its samples, and no others."""
-        if not frame.vouched and not _is_zlib_stream(frame.parts, self._raw_bytes(frame.size)):
+        if not frame.vouched and not _inflates_to(frame.parts, self._raw_bytes(frame.size))[1]:
             raise BadData("decode-failed", "PNG: check sums of the pixels (IDAT) are wrong")
         header = _HEADER.pack(*frame.size, *self._header[8:])
         written = [SIGNATURE, *_written(b"IHDR", header)]
@@ -295,7 +296,14 @@ class Png:
                 raise
             image = _opened(self._stream(frame, [zlib.compress(raw, 1)]))
             image.load()
+        # PIL leaves black what a whole zlib stream has no rows for. Then the last row is black, or a later pass.
+        last = image.crop((0, frame.size[1] - 1, *frame.size))
+        if (self._interlaced or not any(last.tobytes())) and not self._holds_all(frame):
+            raise BadData("decode-failed", "PNG: the pixels (IDAT) end before the last row")
         return image
+
+    def _holds_all(self, frame: _Frame) -> bool:
+        return _inflates_to(frame.parts, self._raw_bytes(frame.size))[0] >= self._raw_bytes(frame.size)
 
     def _low_bytes(self, stream: bytes) -> np.ndarray:
         """uint8 [H, W, C] of the lower bytes of 16-bit RGB or RGBA, of which PIL gives the higher ones."""
@@ -340,6 +348,18 @@ class Png:
         return total
 
 
+def opens_elsewhere(data: bytes) -> bool:
+    """Whether PIL, and with it most other programs, reads a PNG as it lies."""
+    if Png(data).harmless:
+        return True
+    try:
+        with decoding():
+            _opened(data).load()
+    except BadData:
+        return False
+    return True
+
+
 def _opened(stream: bytes) -> Image.Image:
     return Image.open(io.BytesIO(stream), formats=("PNG",))
 
@@ -353,8 +373,11 @@ def _written(kind: bytes, payload: bytes | memoryview) -> list[bytes | memoryvie
     return [struct.pack(">I", len(payload)) + kind, payload, struct.pack(">I", check)]
 
 
-def _is_zlib_stream(parts: Sequence[memoryview], most: int) -> bool:
-    """Whether it is one with a right check sum, of at most so many bytes; never holds more than a piece of them."""
+def _inflates_to(parts: Sequence[memoryview], most: int) -> tuple[int, bool]:
+    """(bytes, whether the check sum behind them is right) of a zlib stream, no further than beyond ``most`` bytes.
+
+    Never holds more than a piece of them.
+    """
     inflater, total = zlib.decompressobj(), 0
     try:
         for part in parts:
@@ -363,11 +386,11 @@ def _is_zlib_stream(parts: Sequence[memoryview], most: int) -> bool:
                 total += len(inflater.decompress(rest, _PIECE))
                 rest = inflater.unconsumed_tail
                 if total > most:
-                    return False
-        inflater.flush()
+                    return total, False
+        total += len(inflater.flush())
     except zlib.error:
-        return False
-    return inflater.eof
+        return total, False
+    return total, inflater.eof
 
 
 def _inflated(parts: Sequence[memoryview], size: int) -> bytes | None:

@@ -168,7 +168,7 @@ def _png(data: bytes, max_pixels: int) -> Still:
         frames=png.frames,
         single=png.frames == 1,
         profile=profile,
-        as_it_lies=png.shallow and curve is None and not mapped and (png.harmless or _opens(data)),
+        as_it_lies=png.shallow and curve is None and not mapped,
     )
 
 
@@ -199,16 +199,6 @@ def _with_alpha_of(image: Image.Image, rgb: np.ndarray) -> Image.Image:
 def _are_of_srgb(chromaticities: tuple[float, ...]) -> bool:
     srgb = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
     return all(abs(one - other) < 0.002 for one, other in zip(chromaticities, srgb, strict=True))
-
-
-def _opens(data: bytes) -> bool:
-    """Whether PIL, and with it most other programs, reads a PNG as it lies: else it is not stored so."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            image.load()
-    except (SyntaxError, ValueError, OSError, EOFError, struct.error):
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- gif
