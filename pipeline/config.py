@@ -28,7 +28,7 @@ from pydantic import (
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.tasks.registry import KINDS, TASK_TAGS
+from pipeline.evaluation.tasks.registry import TASK_TAGS
 from pipeline.fine_tuning.config import RetrievalFineTuning
 from pipeline.redaction import without_credentials
 from pipeline.scoring import ITC
@@ -320,9 +320,13 @@ def _explain(detail: Any) -> str:
     tagged = [p for p in detail["loc"] if not str(p).startswith("function-")]
     location = [part for part in tagged if part not in tags]
     field = ".".join(str(part) for part in location) or "job"
-    if detail["type"] == "union_tag_invalid":  # the one union that can be: a task's kind
+    if detail["type"] == "union_tag_invalid":
         kind = detail["input"]["kind"]
-        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), KINDS)}"
+        tags = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
+        kinds = [TASK_TAGS.get(tag, tag) for tag in tags]
+        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), kinds)}"
+    if detail["type"] == "union_tag_not_found":
+        return f"{field}.kind: is required"
     if detail["type"] == "extra_forbidden":
         known = _fields_at(JobConfig, tagged[:-1])
         return f"{field}: unknown key{did_you_mean(str(location[-1]), known)}"
@@ -331,6 +335,8 @@ def _explain(detail: Any) -> str:
     shown = _shown(detail["input"], location)
     if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
         return f"{field}: got {shown}; must be text: put it in quotes"
+    if detail["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{field}: got {shown}; must be a block of keys"
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
         return message if not location or field in message else f"{field}: {message}"

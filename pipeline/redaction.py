@@ -256,4 +256,4 @@ def _userinfo(address: str) -> Iterator[tuple[str, str]]:
         end = _host(address, found.end(), found[1])
         if end > found.end():
             user, _, password = address[found.end() : end - 1].partition(":")
-            yield user, password or user  # a token may stand alone
+            yield user, password or ("" if is_database(found[1]) else user)  # a token may stand alone

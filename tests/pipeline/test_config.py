@@ -1,5 +1,6 @@
 """The job's file is checked as a whole; a fault is told with the field, the value and what would be right."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    return tiny_job(tmp_path / "raw", tmp_path / "storage")
+    return copy.deepcopy(tiny_job(tmp_path / "raw", tmp_path / "storage"))  # overrides change it in place
 
 
 def test_the_paper_weights_are_the_default(tree: dict[str, Any]) -> None:
@@ -96,7 +97,10 @@ def test_a_fault_names_field_value_and_what_is_right(
         ("name=1.10", "name: got 1.1; must be text: put it in quotes"),
         ("name=true", "name: got True; must be text: put it in quotes"),
         ("cluster.environment.env_vars={PORT: 8080}", "env_vars.PORT: got (hidden)"),
-        ("datasets.emoji=[1, 2]", "datasets.emoji: got a list"),
+        ("datasets.emoji=[1, 2]", "datasets.emoji: got a list; must be a block of keys"),
+        ("datasets.emoji.source.kind=tabel", "datasets.emoji.source.kind: got 'tabel'; did you mean 'table'?"),
+        ("datasets.emoji.source={path: x}", "datasets.emoji.source.kind: is required"),
+        ("evaluate.tasks.0.kind=retrival", "evaluate.tasks.0.kind: got 'retrival'; did you mean 'retrieval'?"),
         ("train={steps: 1, steps: 2}", "--set train: train.steps stands twice: characters 2 and 12"),
         ("train.stages.0.steps", "--set train.stages.0.steps: must be dotted.key=value"),
         ("storage.url.x=hunter2", "--set storage.url.x: storage.url is a single value"),
