@@ -54,6 +54,7 @@ NO_PATHS = {
         "experiment",
         "alpha",
     ),
+    *("captions", "group_by", "experiment_id"),
     # blocks that are other programs', and a digest
     *("overrides", "deepspeed", "weights"),
     # of the network, or looked at by themselves
