@@ -15,6 +15,7 @@ from sharding.filters.config import CustomFilter
 from sharding.prepare import PrepareConfig
 
 _VARIABLE = "MLFLOW_TRACKING_URI"
+_EXPERIMENT_VARIABLES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 _RIGHT = "an MLflow server (http://host:5000) or a database at an absolute path (sqlite:////data/mlflow.db)"
 
 
@@ -38,10 +39,13 @@ def load_for_cluster(path: Path, overrides: list[str]) -> JobConfig:
 
 
 def variables(job: JobConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of this process's environment that the job on the cluster is to have as well."""
-    if job.tracking.uri is None and _VARIABLE not in job.cluster.environment.env_vars:
-        return {_VARIABLE: environment[_VARIABLE]}
-    return {}
+    """Variables of this process's environment that say where the job is tracked, for the cluster.
+
+    Credentials are not among them: they are the machines', or the job says them in ``cluster.environment.env_vars``.
+    """
+    wanted = [*_EXPERIMENT_VARIABLES, *([] if job.tracking.uri is not None else [_VARIABLE])]
+    own = job.cluster.environment.env_vars
+    return {name: environment[name] for name in wanted if environment.get(name) and name not in own}
 
 
 def modules_of_filters(job: JobConfig) -> list[Path]:

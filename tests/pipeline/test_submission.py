@@ -54,6 +54,7 @@ NO_PATHS = {
         "experiment",
         "alpha",
     ),
+    *("captions", "group_by", "experiment_id"),
     # blocks that are other programs', and a digest
     *("overrides", "deepspeed", "weights"),
     # of the network, or looked at by themselves
@@ -218,7 +219,13 @@ def test_a_job_says_where_it_is_tracked_or_the_environment_does(
     # What the job itself says comes first.
     own = "cluster.environment.env_vars.MLFLOW_TRACKING_URI='http://of-the-job:5000'"
     assert variables(load_for_cluster(job, [own]), {}) == {}
-    assert variables(load_for_cluster(job, ["tracking.uri='http://of-the-job:5000'"]), {}) == {}
+    of_the_job = load_for_cluster(job, ["tracking.uri='http://of-the-job:5000'"])
+    shell = {
+        "MLFLOW_TRACKING_URI": "http://x",
+        "MLFLOW_EXPERIMENT_NAME": "birds",
+        "MLFLOW_TRACKING_PASSWORD": "secret",
+    }
+    assert variables(of_the_job, shell) == {"MLFLOW_EXPERIMENT_NAME": "birds"}
 
 
 def test_modules_of_custom_filters_are_sent_with_what_they_import(
