@@ -440,7 +440,8 @@ class _Tasks:
             if isinstance(error.cause, StorageFault):
                 raise StorageFault(f"{place}: {error.cause}") from None
             if isinstance(error.cause, OSError) and error.cause.strerror:
-                raise TaskFailed(f"{place}: {error.cause.strerror}") from error
+                file = "" if error.cause.filename is None else f"{error.cause.filename}: "
+                raise TaskFailed(f"{place}: {file}{error.cause.strerror}") from error
             raise TaskFailed(f"{place} failed: {error.cause!r}") from error
         except ray.exceptions.WorkerCrashedError as error:
             raise TaskFailed(f"{place}: its process died in each of {self._retries + 1} tries") from error
