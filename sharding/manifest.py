@@ -221,8 +221,8 @@ class Manifest(BaseModel):
     @property
     def skipped(self) -> dict[str, int]:
         """Files of the source that are no inputs, by reason (``sharding.names``), the most frequent first."""
-        found = self.source.get("skipped")
-        return found if isinstance(found, dict) else {}
+        found = self.source.get("skipped", {})
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def dropped(self) -> int:

@@ -56,7 +56,7 @@ def hidden(path: str) -> bool:
     ``@eaDir``, ``$RECYCLE.BIN``, ``lost+found``, ...), and ``Thumbs.db`` and the like. Where the job's own path leads
     through such a folder, that does not count. ``.`` and ``..``, which may be parts of an S3 key, hide nothing.
     """
-    *folders, name = path.rstrip("/").split("/")
+    *folders, name = path.split("/")
     return (
         any(folder.casefold() in _FOLDERS for folder in folders)
         or any(part.startswith(".") and part not in (".", "..") for part in (*folders, name))

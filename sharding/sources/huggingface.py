@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from sharding.errors import BadData, StorageFault, UserError
-from sharding.names import Skipped
+from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import remote_url
-from sharding.sources.base import Hasher, Input, feed, texts_of
+from sharding.sources.base import Hasher, Input, feed, reading, texts_of
 from sharding.sources.config import HuggingFaceSource
 from sharding.sources.grouping import grouped
 from sharding.sources.rows import cells_of, has_text_alone
+from sharding.storage import open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +67,7 @@ class HuggingFaceListing:
         number = 0
         for batch in open_dataset(config).select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
             cells = zip(*(cells_of(batch[column]) for column in texts), strict=True)
-            found = _urls(batch[media]) if config.url_column else _names_and_sizes(batch[media])
+            found = _urls(batch[media]) if config.url_column else _names_and_sizes(config, batch[media])
             keys = cells_of(batch[config.group_by]) if config.group_by else itertools.repeat(None, len(batch))
             for (name, size), row, key in zip(found, cells, keys, strict=True):
                 captions: list[str] = []
@@ -148,22 +149,38 @@ class MediaRows:
         return bytes(data)
 
     def _file(self, place: str, path: Any, limit: int) -> bytes:
-        from datasets import config as library
-
-        file = Path(path)
-        roots = [Path(library.HF_CACHE_HOME), Path(library.HF_DATASETS_CACHE)]
-        if self._config.path is not None:
-            roots.append(_folder(self._config.path))
-        # Anyone may have written the row: it must not name other files of this machine.
-        if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
-            raise BadData("bad-address", f"{place} names {path}, which is outside the dataset")
+        file = _own_file(self._config, path)
+        if file is None:
+            raise BadData(
+                "bad-address", f"{place} names {escape_name(str(path))}, which is outside the dataset"
+            )
+        name = f"{place}: {escape_name(str(path))}"
         try:
-            with file.open("rb") as stream:
-                return stream.read(limit + 1)
+            with reading(name):
+                return open_storage(file.parent).read_bytes(file.name, 0, limit + 1)
         except FileNotFoundError:
-            raise BadData("missing-file", f"{place}: {path}") from None
-        except OSError as error:
-            raise BadData("unreadable-file", f"{place}: {path}: {error.strerror}") from None
+            raise BadData("missing-file", name) from None
+
+
+def _own_file(config: HuggingFaceSource, path: Any) -> Path | None:
+    """The file that a row names, where it is one of the dataset's own: in its folder, or where ``datasets`` and the
+    hub keep what they fetched of it. Anyone may have written the row: it must not name other files of this machine.
+    """
+    from datasets import config as library
+    from huggingface_hub import constants as hub
+
+    if not isinstance(path, str) or "\0" in path:
+        return None
+    roots = [Path(library.HF_DATASETS_CACHE)]
+    if config.path is not None:
+        roots.append(_folder(config.path))
+    if config.hub is not None:
+        roots.append(Path(hub.HF_HUB_CACHE) / f"datasets--{config.hub.replace('/', '--')}")
+    try:
+        file = Path(path).resolve()
+        return file if any(file.is_relative_to(root.resolve()) for root in roots) else None
+    except (OSError, ValueError, RuntimeError):  # too long, or links in a circle
+        return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -252,7 +269,7 @@ def _check_columns(rows: Dataset, config: HuggingFaceSource) -> None:
         )
 
 
-def _names_and_sizes(column: Any) -> Iterator[tuple[str | None, int | None]]:
+def _names_and_sizes(config: HuggingFaceSource, column: Any) -> Iterator[tuple[str | None, int | None]]:
     """(base name, bytes) of each cell; reads the lengths, not the media."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -277,7 +294,7 @@ def _urls(column: Any) -> Iterator[tuple[str | None, None]]:
 
 
 def _folder(url: str) -> Path:
-    return Path(unquote(urlsplit(url).path))
+    return Path(unquote(urlsplit(url).path, errors="surrogateescape"))
 
 
 def _line(error: Exception) -> str:

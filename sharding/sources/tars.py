@@ -42,7 +42,7 @@ from sharding.sources.base import (
     unreadable,
 )
 from sharding.sources.config import WebDatasetSource, split_pattern
-from sharding.storage import Storage
+from sharding.storage import ExactPath, Storage
 from sharding.tarnames import clean_name, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import BAD_HEADER, LARGEST_HEADER
 
@@ -200,7 +200,7 @@ class _TarPattern:
         """Paths below ``root``, streamed; ``skipped`` counts the files of a folder that are no tars."""
         if self._pattern:
             try:
-                yield from braceexpand(self._pattern)
+                yield from map(ExactPath, braceexpand(self._pattern))
             except ValueError as error:
                 raise UserError(f"source.path {self._pattern!r}: {error}") from None
             return
