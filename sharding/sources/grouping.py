@@ -46,7 +46,7 @@ def grouped(rows: Iterable[tuple[Any, Any]], column: str) -> Iterator[list[Any]]
             " ORDER BY first, number"
         )
         for _, members in groupby(found, itemgetter(0)):
-            group = []
+            group: list[Any] = []
             for _, key, row in members:
                 if len(group) == MOST_ROWS:
                     raise UserError(
