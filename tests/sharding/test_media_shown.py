@@ -29,6 +29,8 @@ COLOURS = np.array(
 # Luma weights of red and blue, by the number of the matrix in ITU-T H.273.
 WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 5: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 FULL, LIMITED = 2, 1
+# With B-frames, x265 gives clips of two frames decode times that it never set.
+_X265 = "log-level=none:pools=none:frame-threads=1:bframes=0"
 
 
 def _planes(
@@ -65,9 +67,7 @@ def _coded(
     with av.open(sink, "w", format=container) as out:
         deep = bits == 10
         stream = out.add_stream("libx265" if deep else "libx264", rate=25)
-        stream.options = (
-            {"x265-params": "log-level=none", "crf": "4"} if deep else {"crf": "4", "threads": "1"}
-        )
+        stream.options = {"x265-params": _X265, "crf": "4"} if deep else {"crf": "4", "threads": "1"}
         layout = "yuv420p10le" if deep else "yuv420p"
         stream.width, stream.height, stream.pix_fmt = 3 * PATCH, 2 * PATCH, layout
         context = stream.codec_context

@@ -34,6 +34,7 @@ from tests.sharding.clips import (
 )
 
 HOUR = 3600 * FPS
+X265 = {"x265-params": "log-level=none:pools=none:frame-threads=1"}
 FINE = {"b": "20M", "qmin": "1", "qmax": "1"}  # so that MPEG-2 and MPEG-4 keep every level of grey
 
 
@@ -69,7 +70,7 @@ PLAIN_CONTENT = {
     "m2ts": lambda: _spaced(clip("mpegts"), 4, 0),
     "ts of a broadcast": lambda: _spaced(clip("mpegts"), 0, 16),
     "ts, MPEG-2": lambda: clip("mpegts", codec="mpeg2video", b_frames=2, options=FINE),
-    "ts, HEVC": lambda: clip("mpegts", codec="libx265", options={"x265-params": "log-level=none"}),
+    "ts, HEVC": lambda: clip("mpegts", codec="libx265", options=X265),
     "ts, open GOP": lambda: clip("mpegts", options={"x264-params": "open-gop=1"}),
     "ts, refreshed in columns": lambda: clip("mpegts", b_frames=0, options={"x264-params": "intra-refresh=1"}),
     "mp4, refreshed in columns": lambda: clip(b_frames=0, options={"x264-params": "intra-refresh=1"}),
