@@ -52,6 +52,10 @@ def shown(picture: Image.Image) -> np.ndarray:
     ):
         return np.asarray(picture)
     orientation, curve = _orientation(picture), _curve(picture)
+    if not isinstance(info.get("transparency", 0), int | tuple | bytes):
+        picture = picture.copy()  # PNG texts are in ``info`` too, whatever they are called
+        del picture.info["transparency"]
+        info = picture.info
     if curve is not None and picture.mode.startswith("I;16") and "transparency" not in info:
         image = Image.fromarray(curve[np.asarray(picture)]).convert("RGB")
     else:
