@@ -52,6 +52,10 @@ def shown(picture: Image.Image) -> np.ndarray:
     ):
         return np.asarray(picture)
     orientation, curve = _orientation(picture), _curve(picture)
+    if not isinstance(info.get("transparency", 0), int | tuple | bytes):
+        picture = picture.copy()  # PNG texts are in ``info`` too, whatever they are called
+        del picture.info["transparency"]
+        info = picture.info
     if curve is not None and picture.mode.startswith("I;16") and "transparency" not in info:
         image = Image.fromarray(curve[np.asarray(picture)]).convert("RGB")
     else:
@@ -175,12 +179,13 @@ def _deep(picture: Image.Image) -> Image.Image:
     floating = values.dtype.kind == "f"
     values = np.nan_to_num(values, posinf=0, neginf=0) if floating else values
     top = float(values.max(initial=0))
-    if white is None:
+    full: float | None = white
+    if full is None:
         deepest = 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1
-        white = next(
-            usual for usual in (1, 255, 65_535, deepest, top) if top <= usual and (floating or usual > 1)
-        )
-    scaled = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32) * (255 / white)
+        usual = (1, 255, 65_535, deepest, top) if floating else (255, 65_535, deepest)
+        full = next(value for value in usual if top <= value)
+    wide = np.float64 if values.dtype.itemsize > 2 else np.float32
+    scaled = values.astype(wide) * wide(255 / full)
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey)
 

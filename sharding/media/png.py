@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sharding.errors import BadData
 from sharding.media.untrusted import decoding
@@ -250,7 +250,7 @@ class Png:
         number, width, height, x, y = _PLACE.unpack(control.payload[: _PLACE.size])
         if number != 0 or not 0 < width <= self.size[0] - x or not 0 < height <= self.size[1] - y:
             return None
-        parts = []
+        parts: list[_Chunk] = []
         for chunk in chunks:
             if chunk.kind == b"fcTL":
                 break
@@ -360,7 +360,7 @@ def opens_elsewhere(data: bytes) -> bool:
     return True
 
 
-def _opened(stream: bytes) -> Image.Image:
+def _opened(stream: bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(stream), formats=("PNG",))
 
 

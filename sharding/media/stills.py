@@ -256,11 +256,15 @@ def _read_planes_as_written(image: TiffImageFile, bits: int) -> bool:
     Returns:
         whether the samples that will be loaded are multiplied by their alpha.
     """
-    planes = [tile.args[0] for tile in image.tile if isinstance(tile.args, tuple)]
-    if not planes or not set(planes) <= set("RGBAa"):
+    arguments = [tile.args for tile in image.tile if isinstance(tile.args, tuple)]
+    planes = [given[0] for given in arguments]
+    if len(arguments) < len(image.tile) or not set(planes) <= set("RGBAa"):
         return False
     deeper = "" if bits == 8 else ";16B" if image.tag_v2.prefix == b"MM" else ";16L"
-    image.tile = [tile._replace(args=(tile.args[0].upper() + deeper, *tile.args[1:])) for tile in image.tile]
+    image.tile = [
+        tile._replace(args=(given[0].upper() + deeper, *given[1:]))
+        for tile, given in zip(image.tile, arguments, strict=True)
+    ]
     return "a" in planes
 
 
@@ -299,12 +303,13 @@ def _heic(data: bytes, max_pixels: int) -> Still:
     file = _heif_file(data, deep=False)
     if file is None:
         raise BadData("decode-failed", "HEIC: its boxes cannot be read")
-    refuse_large(*file.size, max_pixels)
+    width, height = file.size
+    refuse_large(width, height, max_pixels)
     profile = file.info.get("icc_profile")
     numbers = None if profile else _numbers(file)
     return Still(
         format="HEIF",
-        size=file.size,  # libheif turns it upright; EXIF, which says the same once more, is not asked
+        size=(width, height),  # libheif turns it upright; EXIF, which says the same once more, is not asked
         pixels=lambda: _heic_pixels(data, file, numbers),
         profile=profile,
     )

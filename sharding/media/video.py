@@ -460,5 +460,5 @@ def _pictures(data: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, float
         profile = image.info.get("icc_profile")
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
-            picture = to_srgb(eight_bits(image), profile)  # which loads it, and so knows how long it is shown
-            yield picture, float(image.info.get("duration", 0) or 0)
+            image.load()  # which knows how long it is shown
+            yield to_srgb(eight_bits(image), profile), float(image.info.get("duration", 0) or 0)
