@@ -262,7 +262,7 @@ def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not os.path.exists(name) and name.startswith(("/", ".", "~")):
-        raise TokenizerError(f"no tokenizer under {name!r}: there is no such folder")
+        raise TokenizerError(f"no tokenizer under the name {name!r}: there is no such folder")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
