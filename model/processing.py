@@ -6,9 +6,9 @@ Shape legend: B samples, N candidate texts of a sample, T text tokens, F frames,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,11 +261,11 @@ def _cut(
 def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(name).exists() and name.startswith(("/", ".", "~")):
-        raise TokenizerError(f"no tokenizer under {name!r}: there is no such folder")
+    if not os.path.exists(name) and name.startswith(("/", ".", "~")):
+        raise TokenizerError(f"no tokenizer under the name {name!r}: there is no such folder")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
-        where = "folder" if Path(name).exists() else "name"
+        where = "folder" if os.path.exists(name) else "name"
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TokenizerError(f"no tokenizer under the {where} {name!r}: {told}") from error

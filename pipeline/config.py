@@ -9,6 +9,7 @@ do the workers divide the lanes). Nothing starts before the whole file is valid.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -60,7 +61,7 @@ class ModelBlock(Block):
     @classmethod
     def _same_everywhere(cls, tokenizer: str, info: ValidationInfo) -> str:
         # A folder here, for transformers; elsewhere a name of the hub, or nothing.
-        folder = tokenizer.startswith((".", "~")) or Path(tokenizer).is_dir()
+        folder = tokenizer.startswith((".", "~")) or os.path.isdir(tokenizer)
         if info.context == SENT and folder and not means_the_same_everywhere(tokenizer):
             raise ValueError(
                 f"got {tokenizer!r}; a job sent to a cluster needs an absolute path (of a folder that all its "
@@ -248,10 +249,12 @@ def parse_job(
         _apply_override(tree, override)
     try:
         job = JobConfig.model_validate(tree, context=SENT if sent else None)
+    except UnicodeEncodeError:  # of pydantic; of a record, since what YAML is read from has none
+        raise UserError(f"{origin}: holds half of a surrogate pair, which is no text") from None
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors(include_url=False)]
     else:
-        lines = list(_wrong_numbers(tree, job, ""))
+        lines = list(_switches_as_numbers(tree, job, ""))
         if not lines:
             return job
     # A refused branch of a union reports each alternative: the same line need not stand twice.
@@ -266,6 +269,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         shown = re.match(r"[\w.-]*", key)
         assert shown is not None
         raise UserError(f"--set {shown[0]}: must be dotted.key=value")
+    if not key.isprintable():  # also bytes of the command line that are no text
+        raise UserError(f"--set {key!a}: must be dotted.key=value")
     value = parse_yaml(raw, f"--set {key}", key)
     *parents, last = key.split(".")
     node: Any = tree
@@ -293,8 +298,8 @@ def _descend(node: Any, part: str, key: str, path: str, *, create: bool) -> Any:
     raise UserError(f"--set {key}: {path} is below a single value")
 
 
-def _wrong_numbers(value: Any, taken: Any, field: str) -> typing.Iterator[str]:
-    """What pydantic takes for numbers and no job means: ``true`` for 1, whole floats beyond 64 bits.
+def _switches_as_numbers(value: Any, taken: Any, field: str) -> typing.Iterator[str]:
+    """Switches in the place of numbers, which pydantic takes for 1 and 0.
 
     Args:
         value: as the file has it.
@@ -304,15 +309,12 @@ def _wrong_numbers(value: Any, taken: Any, field: str) -> typing.Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
             below = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)
-            yield from _wrong_numbers(item, below, f"{field}.{key}" if field else key)
+            yield from _switches_as_numbers(item, below, f"{field}.{key}" if field else key)
     elif isinstance(value, list) and isinstance(taken, list | tuple) and len(value) == len(taken):
         for number, (item, below) in enumerate(zip(value, taken, strict=True)):
-            yield from _wrong_numbers(item, below, f"{field}.{number}")
-    elif isinstance(taken, int | float) and not isinstance(taken, bool):
-        if isinstance(value, bool):
-            yield f"{field}: got {str(value).lower()}; must be a number"
-        elif abs(taken) >= 2**63 and isinstance(taken, int):
-            yield f"{field}: got {value}; is beyond the whole numbers of 64 bits"
+            yield from _switches_as_numbers(item, below, f"{field}.{number}")
+    elif isinstance(value, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield f"{field}: got {str(value).lower()}; must be a number"
 
 
 def _explain(detail: Any) -> str:

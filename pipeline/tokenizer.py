@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from sharding.errors import UserError
@@ -23,7 +23,7 @@ def check_tokenizer(job: JobConfig, *, fetch: bool) -> None:
     from model import GLSCLConfig, GLSCLProcessor, TokenizerError
 
     name = job.model.tokenizer
-    if not fetch and name != "builtin" and not Path(name).exists() and not name.startswith(("/", ".", "~")):
+    if not fetch and name != "builtin" and not os.path.exists(name) and not name.startswith(("/", ".", "~")):
         return
     try:
         GLSCLProcessor.from_config(GLSCLConfig.preset(job.model.preset, **job.model.overrides), name)

@@ -159,9 +159,8 @@ def test_answers_of_one_annotator_each_are_learnt_from(run: Run) -> None:
     training = opened(run, task)
     assert isinstance(training.data, ExampleTable)
     assert len(training.data) == len(annotations["annotations"])
-    assert {
-        score for number in range(len(training.data)) for _, score in training.data.example(number, 0).labels
-    } == {1.0}
+    labels = [training.data.example(0, row).labels for row in range(len(training.data))]
+    assert {score for one in labels for _, score in one} == {1.0}
 
 
 def test_a_pair_comes_left_image_first_with_its_label(run: Run) -> None:
