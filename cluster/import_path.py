@@ -24,21 +24,21 @@ def leave_current_folder_out() -> None:
     Classes of ``custom`` filters are found all the same: ``sharding.filters`` puts the folder last on the path.
     Folders of ``PYTHONPATH`` other than the current one stay.
     """
-    installed = _installed()
-    kept = [entry for entry in sys.path if entry and (_real(entry) in installed or not _is_here(entry))]
     # glscl's packages have names that other folders of the path may have as well.
-    sys.path[:] = kept if _real(ROOT) in installed else [ROOT, *(entry for entry in kept if entry != ROOT)]
+    sys.path[:] = [*to_be_added(), *(entry for entry in _kept(sys.path) if entry not in to_be_added())]
     os.environ.update(child_environment())
 
 
 def child_environment() -> dict[str, str]:
     """Variables with which Pythons that this process starts keep the current folder off their path."""
-    installed = _installed()
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = [entry for entry in given if entry and (_real(entry) in installed or not _is_here(entry))]
-    if _real(ROOT) not in installed:
-        kept = [ROOT, *(entry for entry in kept if entry != ROOT)]
-    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(kept)}
+    given = _kept(os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [*to_be_added(), *(entry for entry in given if entry not in to_be_added())]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
+
+
+def to_be_added() -> list[str]:
+    """Where glscl's packages are found, unless they are installed where Python looks by itself."""
+    return [] if _real(ROOT) in _installed() else [ROOT]
 
 
 def current_folder() -> str:
@@ -71,7 +71,14 @@ def _installed() -> set[str]:
     """Folders that are Python's own, the current one or not."""
     import site
 
-    return {_real(folder) for folder in (*site.getsitepackages(), os.path.dirname(os.__file__))}
+    folders = (*site.getsitepackages(), site.USER_SITE, os.path.dirname(os.__file__))
+    return {_real(folder) for folder in folders if folder}
+
+
+def _kept(path: list[str]) -> list[str]:
+    """The entries of an import path but for the current folder."""
+    installed = _installed()
+    return [entry for entry in path if entry and (_real(entry) in installed or not _is_here(entry))]
 
 
 def _is_here(entry: str) -> bool:

@@ -17,11 +17,13 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from cluster import import_path
@@ -43,6 +45,10 @@ _LARGEST_PACKAGE = 64 * 2**20  # bytes in all
 _DEMO_CORPUS = Path("demo", "corpus")  # below a package: read by `glscl demo` alone, on the user's machine
 _CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 _POLL_S = 1.0
+_OTHER_ADDRESSES = (
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_ADDRESS",
+)  # Ray's client takes them instead of the one it is given
 _LONGEST_REASON = 300  # characters of what a server says
 _STOP_WAIT_S = 60.0  # a job that is stopped may write a last checkpoint
 
@@ -258,8 +264,18 @@ def _client(address: str) -> JobSubmissionClient:
         "_private.runtime_env.packaging",
     ):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)  # they tell of each package and stream
-    with _explained(address):
+    with _explained(address), _without(*_OTHER_ADDRESSES):
         return JobSubmissionClient(address.rstrip("/"))
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Without these variables for the time of the block."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 @contextmanager
@@ -316,19 +332,42 @@ def _followed(client: JobSubmissionClient, address: str, job_id: str) -> Iterato
 
 
 def _stream(client: JobSubmissionClient, address: str, job_id: str) -> Iterator[str]:
-    """The pieces of one connection, until the server closes it."""
-    stream: AsyncIterator[str] = client.tail_job_logs(job_id)
+    """The pieces of one connection, until the server closes it.
 
-    async def following() -> str | None:
-        return await anext(stream, None)
+    In a thread of its own: Ctrl-C, which may come at any moment, then finds the main thread waiting for a piece, and
+    never within asyncio.
+    """
+    pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+    loop = asyncio.new_event_loop()
 
-    # A runner, and not a loop of our own: on Ctrl-C it lets the stream end before KeyboardInterrupt is raised.
-    with _explained(address, job_id), asyncio.Runner() as runner:
+    async def follow() -> None:
+        async for piece in client.tail_job_logs(job_id):
+            pieces.put(piece)
+
+    task = loop.create_task(follow())
+
+    def run() -> None:
         try:
-            while (piece := runner.run(following())) is not None:
+            loop.run_until_complete(task)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the pieces are read
+            pieces.put(error)
+        else:
+            pieces.put(None)
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=run, name="follow-logs", daemon=True)
+    thread.start()
+    with _explained(address, job_id):
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
                 yield piece
         finally:
-            runner.run(stream.aclose())  # type: ignore[attr-defined]
+            with suppress(RuntimeError):  # the loop is closed: the stream has ended
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join(_POLL_S)
 
 
 def _new(pieces: Iterator[str], seen: int) -> Iterator[str]:

@@ -165,7 +165,7 @@ def _job_config() -> JobConfig:
 
     # The folder of a submitted job is on its workers' path already, on each machine under its own name.
     sent = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return WithoutCurrentFolder(_py_driver_sys_path=[] if sent else [import_path.ROOT])
+    return WithoutCurrentFolder(_py_driver_sys_path=[] if sent else import_path.to_be_added())
 
 
 def _driver_environment(config: ClusterConfig, *, local: bool) -> dict[str, object] | None:

@@ -38,9 +38,11 @@ from pipeline.training.config import Block, CheckpointBlock, TrainBlock
 from pipeline.training.health.config import HealthBlock
 from pipeline.yaml_reader import parse_yaml, read_yaml
 from sharding.errors import UserError
+from sharding.filters.config import FilterConfig
 from sharding.given_path import SENT, GivenPath, means_the_same_everywhere
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
+from sharding.sources.config import SourceConfig
 from sharding.storage import StorageConfig
 
 
@@ -320,7 +322,7 @@ def _switches_as_numbers(value: Any, taken: Any, field: str) -> typing.Iterator[
 def _explain(detail: Any) -> str:
     tags = (_FROM_SOURCE, _PREPARED, *TASK_TAGS)
     tagged = [p for p in detail["loc"] if not str(p).startswith("function-")]
-    location = [part for part in tagged if part not in tags]
+    location = [part for part in _without_kinds(tagged) if part not in tags]
     field = ".".join(str(part) for part in location) or "job"
     if detail["type"] == "union_tag_invalid":
         kind = detail["input"]["kind"]
@@ -343,6 +345,28 @@ def _explain(detail: Any) -> str:
         message = str(detail["ctx"]["error"])
         return message if not location or field in message else f"{field}: {message}"
     return f"{field}: got {shown}; {_decapitalised(detail['msg'])}"
+
+
+def _without_kinds(location: list[Any]) -> typing.Iterator[Any]:
+    """A location without the kinds of sources and filters, which pydantic names as if they were keys."""
+    key = None
+    for part in location:
+        if part in _KINDS_BELOW.get(key, ()):
+            key = None
+            continue
+        yield part
+        key = key if isinstance(part, int) else part
+
+
+def _kinds_of(union: Any) -> frozenset[str]:
+    models = typing.get_args(typing.get_args(union)[0])
+    return frozenset(typing.get_args(model.model_fields["kind"].annotation)[0] for model in models)
+
+
+_KINDS_BELOW: dict[Any, frozenset[str]] = {
+    "source": _kinds_of(SourceConfig),
+    "filters": _kinds_of(FilterConfig),
+}
 
 
 def _shown(value: Any, location: list[Any]) -> str:

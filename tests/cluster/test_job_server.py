@@ -75,6 +75,16 @@ def test_a_job_or_server_that_is_not_there_is_told_in_a_line() -> None:
         list(jobs.logs(server.address, JOB, follow=True))
 
 
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_address_that_is_given_is_asked_and_not_that_of_the_environment(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, NOBODY if variable.startswith("RAY_API") else "127.0.0.1:9")
+    with serving(JobServer(LOG)) as server:
+        assert jobs.status(server.address, JOB).status == "RUNNING"
+    assert variable in os.environ
+
+
 def test_ctrl_c_leaves_a_followed_log_with_one_line() -> None:
     """As a terminal does it, to the command; takes the second that its imports need."""
     with serving(JobServer(LOG, [(250, "held")], ends_after=9)) as server:
@@ -90,7 +100,7 @@ def test_ctrl_c_leaves_a_followed_log_with_one_line() -> None:
         assert following.stdout.readline() == "line 0: täglich\n"
         following.send_signal(signal.SIGINT)
         _, errors = following.communicate(timeout=60)
-    assert following.returncode == 130
+    assert following.returncode == 130, errors
     assert errors == f"the job goes on; it ends with glscl stop {JOB}\n"
 
 

@@ -62,7 +62,7 @@ def imported():
 
 with session(ClusterConfig(address=sys.argv[1], evaluations=2), workers=4):
     files, loader, own = ray.get(imported.remote())
-    print("NODES", len(ray.nodes()), "LOADER", loader, "FILTER OF", own, *files, sep="\n")
+    print("NODES", len(ray.nodes()), "LOADER", loader, "FILTER OF", own, *files, sep="\\n")
 """
 FILTER = """
 class Keep:
