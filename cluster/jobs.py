@@ -7,32 +7,43 @@ the dependencies only. It works from a checkout and from an installed wheel alik
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
+import json
+import logging
 import os
+import re
 import secrets
-import shlex
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import import_path
 from cluster.config import Environment
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, in_one_line
+from cluster.job_start import PYTHON_VARIABLE, SUBMISSION
+from cluster.loopback import ask_loopback_directly, proxy_variable
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-PACKAGES = ("pipeline", "model", "sharding", "cluster")
 STAGED_YAML = "job.yaml"
-RUN_JOB = f"python -m pipeline.cli run {STAGED_YAML}"
-_LARGEST_PACKAGE = 64 * 2**20  # bytes in all; beyond it the demo's corpus stays behind
-_LEFT_BEHIND = ("pipeline/demo/corpus",)
+#: In a shell command of a job: the Python that runs Ray there (``cluster.job_start``).
+PYTHON = f'"${{{PYTHON_VARIABLE}:-python3}}"'
+RUN_JOB = f"{PYTHON} -m cluster.job_start"
+_DISTRIBUTION = "glscl-pipeline"
+_WAY_IN = "glscl_pipeline.py"
+_LARGEST_PACKAGE = 64 * 2**20  # bytes in all
+_DEMO_CORPUS = Path("demo", "corpus")  # below a package: read by `glscl demo` alone, on the user's machine
 _CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 _POLL_S = 1.0
+_LONGEST_REASON = 300  # characters of what a server says
 _STOP_WAIT_S = 60.0  # a job that is stopped may write a last checkpoint
 
 
@@ -57,15 +68,20 @@ def submit(
     address: str,
     *,
     job_id: str | None = None,
-    overrides: Sequence[str] = (),
+    arguments: Sequence[str] = ("run", STAGED_YAML),
     environment: Environment | None = None,
+    variables: Mapping[str, str] | None = None,
+    modules: Sequence[Path] = (),
     wait: bool = False,
     entrypoint: str = RUN_JOB,
 ) -> str:
     """Sends a job to the cluster and returns its id (a new one, after the YAML's name, if none is given).
 
     Args:
-        overrides: ``key=value`` settings, appended to the entrypoint as ``--set``.
+        arguments: of the ``glscl`` that runs there. They travel in a file: Ray shows a job's command to whoever can
+            reach its dashboard.
+        variables: more of the environment of the job's driver; they travel in that file too.
+        modules: files and folders of the user's that the job imports, sent along.
         wait: return only once the job has ended, however it ended.
         entrypoint: the shell command, run in the folder that is sent.
 
@@ -76,14 +92,13 @@ def submit(
     """
     client = _client(address)
     chosen = job_id or f"{job_yaml.stem}-{secrets.token_hex(4)}"
-    command = shlex.join([part for setting in overrides for part in ("--set", setting)])
     with tempfile.TemporaryDirectory(prefix="glscl-job-") as folder, _explained(address):
-        stage(job_yaml, Path(folder))
+        stage(job_yaml, Path(folder), arguments, variables or {}, modules)
         try:
             client.submit_job(
-                entrypoint=f"{entrypoint} {command}".strip(),
+                entrypoint=entrypoint,
                 submission_id=chosen,
-                runtime_env={**_patient(environment or Environment()), "working_dir": folder},
+                runtime_env={**_runtime_env(environment or Environment()), "working_dir": folder},
             )
         except RuntimeError as error:
             if "already exists" in str(error):
@@ -94,12 +109,20 @@ def submit(
     return chosen
 
 
-def _patient(environment: Environment) -> dict[str, object]:
-    """The job's ``runtime_env``, in which Ray waits longer than its 3 s before it kills a job that is stopped."""
+def _runtime_env(environment: Environment) -> dict[str, object]:
+    """The job's ``runtime_env``, with what Ray and Python do otherwise in it."""
+    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
+
     runtime_env = environment.runtime_env()
-    variables = runtime_env.get("env_vars", {})
-    assert isinstance(variables, dict)
-    return {**runtime_env, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(round(_STOP_WAIT_S)), **variables}}
+    given = runtime_env.get("env_vars", {})
+    assert isinstance(given, dict)
+    variables = {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(round(_STOP_WAIT_S)),  # Ray's own: 3 s, then it kills
+        "PYTHONSAFEPATH": "1",  # as in the session of a driver
+        HOOK: "cluster.job_start.begin_process",  # as Ray passes a hook on; what submit_job takes reaches no supervisor
+        **given,
+    }
+    return {**runtime_env, "env_vars": variables}
 
 
 def status(address: str, job_id: str) -> JobReport:
@@ -118,7 +141,13 @@ def status(address: str, job_id: str) -> JobReport:
 
 
 def logs(address: str, job_id: str, follow: bool = False) -> Iterator[str]:
-    """The lines that the job has printed; with ``follow`` those to come as well, until it ends."""
+    """The lines that the job has printed; with ``follow`` those to come as well, until it ends.
+
+    Raises:
+        ClusterError: no such job or no job server; a followed connection was cut, which does not end the job. A
+            stream that is closed in good order while the job runs (by a gateway, by Ray itself) is taken up where it
+            ended.
+    """
     client = _client(address)
     if follow:
         yield from _lines(_followed(client, address, job_id))
@@ -139,26 +168,78 @@ def stop(address: str, job_id: str) -> JobReport:
     return report
 
 
-def stage(job_yaml: Path, folder: Path, packages: Sequence[str] = PACKAGES) -> None:
-    """Copies the packages, without caches, and the YAML (as ``job.yaml``) into an empty folder.
+def stage(
+    job_yaml: Path,
+    folder: Path,
+    arguments: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    modules: Sequence[Path] = (),
+    packages: Sequence[str] = import_path.PACKAGES,
+) -> None:
+    """Copies the packages, without caches and the demo's corpus, and the YAML (as ``job.yaml``) into an empty folder.
+
+    Args:
+        arguments: of the ``glscl`` that will run there.
+        variables: of its environment.
+        modules: files and folders of the user's, put beside the packages.
 
     Raises:
-        ClusterError: a package is not importable, or all is more than 64 MiB even without the demo's corpus.
+        ClusterError: a package is not importable, or all is more than 64 MiB.
     """
     shutil.copyfile(job_yaml, folder / STAGED_YAML)
     for name in packages:
         found = importlib.util.find_spec(name)
         if found is None or not found.submodule_search_locations:
             raise ClusterError(f"package {name} is not installed here, so it cannot be sent")
-        shutil.copytree(found.submodule_search_locations[0], folder / name, ignore=_CACHES)
-    if _size(folder) > _LARGEST_PACKAGE:
-        for part in _LEFT_BEHIND:
-            shutil.rmtree(folder / part, ignore_errors=True)
+        _copy(Path(found.submodule_search_locations[0]), folder / name)
+    shutil.copyfile(Path(import_path.ROOT) / _WAY_IN, folder / _WAY_IN)
+    for module in modules:
+        _copy(module, folder / module.name)
+    submission = {
+        "python": sys.version_info[:2],
+        "modules": _required(),
+        "arguments": list(arguments),
+        "variables": dict(variables or {}),
+    }
+    (folder / SUBMISSION).write_text(json.dumps(submission), encoding="utf-8")
     if (size := _size(folder)) > _LARGEST_PACKAGE:
         raise ClusterError(
             f"the code to send has {size / 2**20:.0f} MiB, at most {_LARGEST_PACKAGE >> 20} MiB are allowed: "
             "is there data among the packages?"
         )
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    corpus = source / _DEMO_CORPUS
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return _CACHES(folder, names) | {name for name in names if Path(folder, name) == corpus}
+
+    shutil.copytree(source, target, ignore=left_out)
+
+
+def _required() -> dict[str, str]:
+    """Modules that glscl imports, each with the package that brings it, as this installation declares them."""
+    try:
+        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        return {}
+    modules = {}
+    for requirement in requirements:
+        package = re.match(r"[\w.-]+", requirement)
+        if package is None or "extra ==" in requirement:
+            continue
+        try:
+            listed = importlib.metadata.distribution(package[0]).read_text("top_level.txt")
+        except importlib.metadata.PackageNotFoundError:  # not needed here, so perhaps not there
+            continue
+        for name in (listed or package[0].replace("-", "_")).split():
+            if not name.startswith("_") and importlib.util.find_spec(name) is not None:
+                modules[name] = package[0]
+    return modules
 
 
 def _size(folder: Path) -> int:
@@ -168,8 +249,15 @@ def _size(folder: Path) -> int:
 def _client(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise ClusterError(f'address "{address}": expected the job server\'s, like http://host:8265')
+    ask_loopback_directly(address)
     from ray.job_submission import JobSubmissionClient
 
+    for chatty in (
+        "dashboard.modules.dashboard_sdk",
+        "dashboard.modules.job.sdk",
+        "_private.runtime_env.packaging",
+    ):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)  # they tell of each package and stream
     with _explained(address):
         return JobSubmissionClient(address.rstrip("/"))
 
@@ -177,6 +265,7 @@ def _client(address: str) -> JobSubmissionClient:
 @contextmanager
 def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
     """Turns what Ray's client raises into one line."""
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -189,30 +278,66 @@ def _explained(address: str, job_id: str | None = None) -> Iterator[None]:
         raise ClusterError(
             f"{address} refuses the connection: {told} (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
         ) from None
-    except (ConnectionError, requests.ConnectionError, requests.Timeout):
-        raise ClusterError(f"no Ray job server answers at {address}") from None
+    except (ConnectionError, requests.RequestException, aiohttp.ClientError, TimeoutError) as error:
+        proxy = proxy_variable(address)
+        by = "" if proxy is None else f" (asked through the proxy that {proxy} names; NO_PROXY excepts hosts)"
+        raise ClusterError(f"no Ray job server answers at {address}{by}") from error
     except RuntimeError as error:
-        if job_id is not None and "404" in str(error):
+        if job_id is not None and "status code 404" in str(error):
             raise ClusterError(f'there is no job "{job_id}" on {address}') from None
-        reason = str(error).strip().splitlines()
-        raise ClusterError(f"{address} refuses: {reason[0] if reason else error!r}") from error
+        raise ClusterError(f"{address} refuses: {in_one_line(error)[:_LONGEST_REASON]}") from error
 
 
 def _followed(client: JobSubmissionClient, address: str, job_id: str) -> Iterator[str]:
-    """Ray's asynchronous stream of log pieces, for a caller that is not asynchronous."""
-    with _explained(address, job_id):
-        client.get_job_info(job_id)  # the stream itself says nothing of an unknown job
-        loop = asyncio.new_event_loop()
-        stream: AsyncIterator[str] = client.tail_job_logs(job_id)
+    """Ray's asynchronous stream of log pieces, for a caller that is not asynchronous.
+
+    Each stream begins with the job's first line: what was seen before is passed over.
+    """
+    seen = 0  # characters
+    while True:
+        broke: ClusterError | None = None
+        began = time.monotonic()
         try:
-            while True:
-                try:
-                    yield loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
+            for piece in _new(_stream(client, address, job_id), seen):
+                seen += len(piece)
+                yield piece
+        except ClusterError as error:
+            broke = error
+        report = status(address, job_id)  # the stream itself says nothing of an unknown job
+        if report.finished:
+            with _explained(address, job_id):
+                yield client.get_job_logs(job_id)[seen:]  # what came after the stream ended
+            return
+        if broke is not None:
+            raise ClusterError(
+                f"{broke}; the job goes on ({report.status}): glscl logs -f {job_id} --address {address}"
+            ) from broke
+        time.sleep(max(0.0, _POLL_S - (time.monotonic() - began)))
+
+
+def _stream(client: JobSubmissionClient, address: str, job_id: str) -> Iterator[str]:
+    """The pieces of one connection, until the server closes it."""
+    stream: AsyncIterator[str] = client.tail_job_logs(job_id)
+
+    async def following() -> str | None:
+        return await anext(stream, None)
+
+    # A runner, and not a loop of our own: on Ctrl-C it lets the stream end before KeyboardInterrupt is raised.
+    with _explained(address, job_id), asyncio.Runner() as runner:
+        try:
+            while (piece := runner.run(following())) is not None:
+                yield piece
         finally:
-            loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
-            loop.close()
+            runner.run(stream.aclose())  # type: ignore[attr-defined]
+
+
+def _new(pieces: Iterator[str], seen: int) -> Iterator[str]:
+    """What is left of the pieces after so many characters."""
+    for piece in pieces:
+        passed = min(seen, len(piece))
+        seen -= passed
+        if passed < len(piece):
+            yield piece[passed:]
 
 
 def _lines(pieces: Iterator[str]) -> Iterator[str]:

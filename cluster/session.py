@@ -6,6 +6,8 @@ import fcntl
 import logging
 import math
 import os
+import platform
+import re
 import shutil
 import signal
 import socket
@@ -16,10 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from cluster import import_path
 from cluster.config import EVALUATION_RESOURCE, FINE_TUNING_RESOURCE, ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, in_one_line
+from cluster.loopback import direct_environment, is_loopback
 from cluster.resources import check_resources
+
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
 
 _FOLDER_PREFIX = "glscl-ray-"
 _LONGEST_TEMP_DIR = 50  # a Unix socket's path has at most 107 bytes, and Ray adds 57 to its folder
@@ -94,6 +102,7 @@ def _start_local(config: ClusterConfig, workers: int, folder: Path) -> None:
         log_to_driver=config.show_worker_output,
         logging_level=logging.WARNING,
         runtime_env=_driver_environment(config, local=True),
+        job_config=_job_config(),
         _node_ip_address="127.0.0.1",
         _temp_dir=str(folder),
         **options,
@@ -109,7 +118,7 @@ def _connect(config: ClusterConfig, address: str) -> None:
             raise ClusterError(f'RAY_ADDRESS is "{address}", expected "auto" or "host:port"')
         if not _answers(host, int(port)):
             raise ClusterError(f"no Ray cluster answers at {address} (tried for {_PROBE_S:g} s)")
-        if _is_loopback(host) and not _answers(_outer_address(), int(port)):
+        if is_loopback(host) and not _answers(_outer_address(), int(port)):
             _use_outer_address("0")  # a cluster that listens on loopback only
     try:
         ray.init(
@@ -117,12 +126,46 @@ def _connect(config: ClusterConfig, address: str) -> None:
             log_to_driver=config.show_worker_output,
             logging_level=logging.WARNING,
             runtime_env=_driver_environment(config, local=False),
+            job_config=_job_config(),
         )
     except (ConnectionError, RuntimeError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()
-        raise ClusterError(
-            f"cannot join the Ray cluster at {address}: {reason[0] if reason else error!r}"
-        ) from error
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {_refusal(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    """Why Ray does not take this driver, in one line."""
+    import ray
+
+    # What Ray says: "... cluster was started with:\n Ray: 1\n Python: 2\nThis process ... with:\n Ray: 3\n Python: 4"
+    versions = re.findall(r"^\s*(Ray|Python):\s*(\S+)", str(error), re.MULTILINE)
+    if [name for name, _ in versions] != ["Ray", "Python", "Ray", "Python"]:
+        return in_one_line(error)
+    theirs, ours = dict(versions[:2]), dict(versions[2:])
+    # Said by the cluster or by this process; which of the two comes first is Ray's wording.
+    if (ours["Ray"], ours["Python"]) != (ray.__version__, platform.python_version()):
+        theirs, ours = ours, theirs
+    return (
+        f"it runs Python {theirs['Python']} and Ray {theirs['Ray']}, this is Python {ours['Python']} and Ray "
+        f"{ours['Ray']}; start the cluster with Python {ours['Python']} and Ray {ours['Ray']}, or glscl with "
+        f"Python {theirs['Python']} and Ray {theirs['Ray']}"
+    )
+
+
+def _job_config() -> JobConfig:
+    """What Ray puts on its workers' import path: glscl's packages, where they are not installed.
+
+    Ray by itself puts the driver's current folder first, and a ``model.py`` or ``statistics.py`` in it would be
+    imported in place of ours or of Python's.
+    """
+    from ray.job_config import JobConfig
+
+    class WithoutCurrentFolder(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # then Ray adds nothing: a working directory replaces the current folder
+
+    # The folder of a submitted job is on its workers' path already, on each machine under its own name.
+    sent = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return WithoutCurrentFolder(_py_driver_sys_path=[] if sent else [import_path.ROOT])
 
 
 def _driver_environment(config: ClusterConfig, *, local: bool) -> dict[str, object] | None:
@@ -133,6 +176,12 @@ def _driver_environment(config: ClusterConfig, *, local: bool) -> dict[str, obje
     environment = config.environment.runtime_env()
     if local:
         environment.pop("pip", None)
+    else:
+        # Workers run in the folder that `ray start` was called in: their loader processes must not import from it.
+        ours = {"PYTHONSAFEPATH": "1", import_path.FOLDER_VARIABLE: import_path.current_folder()}
+        variables = environment.get("env_vars", {})
+        assert isinstance(variables, dict)
+        environment["env_vars"] = {**ours, **variables}
     return environment or None
 
 
@@ -169,18 +218,26 @@ def _remove_abandoned_folders() -> None:
 
 @contextmanager
 def _as_found() -> Iterator[None]:
-    """Puts back what Ray and this module change in the process: signal handlers, the choice of address."""
+    """Puts back what Ray and this module change in the process: signal handlers, the environment."""
     in_main = threading.current_thread() is threading.main_thread()
     handlers = (
         {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if in_main else {}
     )
     outer = os.environ.get(_OUTER_ADDRESS_VARIABLE)
+    for_children = {**import_path.child_environment(), **direct_environment()}
+    before = {name: os.environ.get(name) for name in for_children}
+    os.environ.update(for_children)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         _use_outer_address(outer)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -225,10 +282,6 @@ def _answers(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host in ("::1", "[::1]")
 
 
 def _outer_address() -> str:

@@ -36,7 +36,8 @@ from cluster.board import Board
 from cluster.config import ClusterConfig
 from cluster.deaths import DeathsInARow
 from cluster.elastic import AdmissibleSizes
-from cluster.errors import WorkerGroupError, WorkerOutOfMemory, WorkersStopped
+from cluster.errors import WorkerGroupError, WorkerOutOfMemory, WorkersStopped, cause_of
+from cluster.loopback import ask_loopback_directly
 from cluster.notice import Leaving, Notice, Reason, ask_to_end, catch_sigterm, current_notice
 from cluster.resources import check_resources
 
@@ -207,13 +208,13 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
     except ray.exceptions.RayActorError as error:
         if asked.is_set():
             raise WorkersStopped("the workers were stopped") from None
-        raise WorkerGroupError(f"Ray's controller of the workers died: {_first_line(error)}") from error
+        raise WorkerGroupError(f"Ray's controller of the workers died: {cause_of(error)}") from error
     except ControllerError as error:
         failure = error.controller_failure
         if isinstance(failure, _KilledForMemory):
             raise WorkerOutOfMemory(failure.summary, failure.rank) from error
         if not isinstance(failure, _FunctionFailed):
-            raise WorkerGroupError(f"the workers could not be started: {_first_line(failure)}") from error
+            raise WorkerGroupError(f"the workers could not be started: {cause_of(failure)}") from error
         report = WorkerGroupError(
             f"worker {failure.rank} failed: {failure.summary}\n{failure.traceback_tail}", failure.rank
         )
@@ -226,12 +227,12 @@ def _fit(trainer: _Trainer, max_failures: int, asked: threading.Event) -> None:
             error.worker_failures.items(), key=lambda item: (isinstance(item[1], _FunctionFailed), item[0])
         )
         how = "lost its connections" if isinstance(first, _FunctionFailed) else "died"
-        cause = _first_line(getattr(first, "health_check_failure", first))
+        cause = cause_of(getattr(first, "health_check_failure", first))
         raise WorkerGroupError(
             f"worker {rank} {how}, and {max_failures} earlier deaths had been made good: {cause}", rank
         ) from error
     except TrainingFailedError as error:
-        raise WorkerGroupError(_first_line(error)) from error
+        raise WorkerGroupError(cause_of(error)) from error
 
 
 class _Trainer(TorchTrainer):
@@ -418,6 +419,7 @@ def _prepare_worker(threads: int | None) -> str:
     from ray.train import get_context
 
     catch_sigterm()
+    ask_loopback_directly()
     context = get_context()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -88,20 +89,17 @@ class GLSCLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # JSON has no tuples: keep lists, so that a reloaded configuration equals the saved one.
-        self.image_mean = [float(value) for value in self.image_mean]
-        self.image_std = [float(value) for value in self.image_std]
+        for name, kind in GLSCLConfig.__annotations__.items():
+            setattr(self, name, _CHECKED.get(kind, _three_numbers)(name, getattr(self, name)))
         self._check()
 
     def _check(self) -> None:
-        positive = (
-            "image_size patch_size max_frames vocab_size max_text_length hidden_size num_attention_heads "
-            "intermediate_size vision_layers text_layers fusion_layers projection_size"
-        )
-        for name in positive.split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ModelConfigurationError(f"model.{name} is {value!r}: it must be a whole number above 0")
+        for name in _SIZES:
+            if not 1 <= getattr(self, name) <= _LARGEST_SIZE:
+                raise ModelConfigurationError(
+                    f"model.{name} is {getattr(self, name)}: it must be a whole number above 0 "
+                    f"and at most {_LARGEST_SIZE}"
+                )
         if self.image_size % self.patch_size:
             raise ModelConfigurationError(
                 f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
@@ -111,14 +109,23 @@ class GLSCLConfig(PreTrainedConfig):
                 f"model.hidden_size {self.hidden_size} is not a multiple of "
                 f"model.num_attention_heads {self.num_attention_heads}"
             )
-        for name in ["mlm_ratio", "completion_ratio", "removal_ratio", "replacement_ratio"]:
+        for name in ("mlm_ratio", "completion_ratio", "removal_ratio", "replacement_ratio"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise ModelConfigurationError(f"model.{name} is {value!r}: it must lie between 0 and 1")
-        for name in ["hidden_dropout", "attention_dropout"]:
+        for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ModelConfigurationError(f"model.{name} is {value!r}: it must be at least 0 and below 1")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not all(one > 0 for one in (value if isinstance(value, list) else [value])):
+                raise ModelConfigurationError(f"model.{name} is {value!r}: it must be above 0")
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "unk_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ModelConfigurationError(
+                    f"model.{name} {getattr(self, name)} lies outside the vocabulary of {self.vocab_size}"
+                )
         if self.max_position_embeddings < self.max_text_length + self.pad_token_id + 1:
             raise ModelConfigurationError(
                 f"model.max_position_embeddings {self.max_position_embeddings} is too small for "
@@ -152,8 +159,13 @@ class GLSCLConfig(PreTrainedConfig):
                 raise ModelConfigurationError(f"model.{key} is not a field of the model configuration{hint}")
         values = {**_PRESETS[name], **overrides}
         if "vocab_size" in overrides and "mask_token_id" not in overrides:
-            values["mask_token_id"] = values["vocab_size"] - 1
+            values["mask_token_id"] = _whole("vocab_size", values["vocab_size"]) - 1
         return cls(**values)
+
+    @classmethod
+    def own_fields(cls) -> tuple[str, ...]:
+        """The fields that describe GLSCL: those above, without what transformers gives every configuration."""
+        return tuple(GLSCLConfig.__annotations__)
 
     @property
     def num_labels(self) -> int:
@@ -182,6 +194,58 @@ class GLSCLConfig(PreTrainedConfig):
         """Patches of one frame at ``image_size``."""
         return (self.image_size // self.patch_size) ** 2
 
+
+#: No width, count or side is larger: sizes of tensors stay far from what 64 bits can hold.
+_LARGEST_SIZE = 2**20
+
+_SIZES = (
+    *("image_size", "patch_size", "max_frames", "vocab_size", "max_text_length", "max_position_embeddings"),
+    *("hidden_size", "num_attention_heads", "intermediate_size"),
+    *("vision_layers", "text_layers", "fusion_layers", "projection_size"),
+)
+_POSITIVE = (
+    *("layer_norm_eps", "fusion_layer_norm_eps", "initializer_range"),
+    *("temperature_init", "completion_temperature", "image_std"),
+)
+
+
+def _refuse(name: str, value: Any, what: str) -> ModelConfigurationError:
+    shown = repr(value)
+    return ModelConfigurationError(
+        f"model.{name} is {shown if len(shown) <= 60 else shown[:57] + '...'}: it must be {what}"
+    )
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refuse(name, value, "a whole number, without quotes and separators")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _refuse(name, value, "a number, without quotes (0.00001 or 1e-05)")
+    if not math.isfinite(value):
+        raise _refuse(name, value, "a finite number")
+    return float(value)
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, value, "true or false, without quotes")
+    return value
+
+
+def _three_numbers(name: str, value: Any) -> list[float]:
+    """A list, not a tuple: JSON has no tuples, and a reloaded configuration equals the saved one."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise _refuse(name, value, "a list of three numbers, one for each colour")
+    return [_number(name, one) for one in value]
+
+
+_CHECKED = {"int": _whole, "float": _number, "bool": _switch}
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "base": {},

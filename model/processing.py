@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
 from model.configuration import GLSCLConfig
+from model.pictures import shown
 
 _SHIPPED = "builtin"
 
@@ -50,7 +51,9 @@ class GLSCLImageProcessor(BaseImageProcessor):
 
         Args:
             images: PIL images or uint8 arrays [height, width, 3], one or a list: F is 1. A list of lists, or of
-                arrays [F, height, width, 3]: the frames of clips, or the pairs of NLVR2.
+                arrays [F, height, width, 3]: the frames of clips, or the pairs of NLVR2. Arrays are taken as they
+                are; PIL images as they are shown (``model.pictures``): upright by EXIF, in sRGB, alpha on white,
+                depths above 8 bits scaled.
             return_tensors: ``pt`` or ``np``.
 
         Raises:
@@ -208,7 +211,7 @@ def _pictures(row: Any) -> list[np.ndarray]:
     if isinstance(row, np.ndarray):
         return [row[None]] if row.ndim == 3 else [frame[None] for frame in row]
     pictures = [row] if isinstance(row, Image.Image) else row
-    return [np.asarray(one.convert("RGB") if isinstance(one, Image.Image) else one)[None] for one in pictures]
+    return [np.asarray(shown(one) if isinstance(one, Image.Image) else one)[None] for one in pictures]
 
 
 def _fit(picture: np.ndarray, side: int) -> np.ndarray:
@@ -258,10 +261,11 @@ def _cut(
 def _pretrained(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not Path(name).exists() and name.startswith(("/", ".", "~")):
+        raise TokenizerError(f"no tokenizer under {name!r}: there is no such folder")
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises Exception itself
         where = "folder" if Path(name).exists() else "name"
-        raise TokenizerError(
-            f"no tokenizer under the {where} {name!r}: {str(error).splitlines()[0]}"
-        ) from error
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"no tokenizer under the {where} {name!r}: {told}") from error

@@ -1,5 +1,5 @@
 """``python -m pipeline`` is ``glscl``."""
 
-from pipeline.cli import main
+from glscl_pipeline import main
 
 main()

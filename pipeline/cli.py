@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # python -m pipeline.cli: before anything is imported from the current folder
+    from glscl_pipeline import main as command
+
+    command()
+
 import logging
 import os
 import sys
@@ -15,6 +20,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pipeline.checkpoints import checkpoints
+from pipeline.environment import columns, settle_home, settle_output
+from pipeline.redaction import Redacting, redact, redact_tracebacks
 from pipeline.shards import shards
 
 if TYPE_CHECKING:
@@ -173,7 +180,10 @@ def validate(job: JobFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: `glscl validate job.yaml`
     """
+    from pipeline.tokenizer import check_tokenizer
+
     config = _load(job, overrides)
+    check_tokenizer(config, fetch=False)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
     console().print(
         f"{job} is valid: job '{config.name}', {len(config.datasets)} datasets, stages {stages}, "
@@ -208,8 +218,11 @@ def plan(
     Example: `glscl plan job.yaml --device a100-80gb --set train.workers=8`
     """
     from pipeline.planning.command import plan as print_plan
+    from pipeline.tokenizer import check_tokenizer
 
-    print_plan(_load(job, overrides), console(), device=device, memory=memory, mfu=mfu)
+    config = _load(job, overrides)
+    check_tokenizer(config, fetch=False)
+    print_plan(config, console(), device=device, memory=memory, mfu=mfu)
 
 
 @app.command()
@@ -395,13 +408,22 @@ def submit(
 ) -> None:
     """Send a job to a running Ray cluster, with the code and its environment.
 
+    Paths in the job must be absolute, and mean the same on the cluster's machines.
+
     Example: `glscl submit job.yaml --address http://head:8265`
     """
     from cluster import jobs
+    from pipeline import submission
 
-    config = _load(job, overrides)
+    config = submission.load_for_cluster(job, overrides)
     submitted = jobs.submit(
-        job, address, job_id=job_id, overrides=overrides, environment=config.cluster.environment
+        job,
+        address,
+        job_id=job_id,
+        arguments=["run", jobs.STAGED_YAML, *(part for one in overrides for part in ("--set", one))],
+        environment=config.cluster.environment,
+        variables=submission.variables(config, os.environ),
+        modules=submission.modules_of_filters(config),
     )
     out = console()
     out.print(f"submitted as {submitted}", highlight=False)
@@ -437,8 +459,12 @@ def logs(
     """
     from cluster import jobs
 
-    for line in jobs.logs(address, job_id, follow=follow):
-        print(line, flush=True)
+    try:
+        for line in jobs.logs(address, job_id, follow=follow):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"the job goes on; it ends with glscl stop {job_id}\n")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -455,7 +481,7 @@ def stop(job_id: JobId, address: Address = DEFAULT_ADDRESS) -> None:
 def console() -> Console:
     """Where people read: standard output; 100 columns where it is no terminal, so that tables do not fold."""
     terminal = sys.stdout.isatty()
-    return Console(width=None if terminal else max(100, int(os.environ.get("COLUMNS", "100"))))
+    return Console(width=None if terminal else columns())
 
 
 def _load(path: Path, overrides: list[str]) -> JobConfig:
@@ -467,19 +493,21 @@ def _load(path: Path, overrides: list[str]) -> JobConfig:
 def main() -> None:
     """Entry point: user mistakes end with one clear line and exit code 2, what stopped the job with 1."""
     from cluster.errors import ClusterError, WorkerGroupError
+    from cluster.loopback import ask_loopback_directly
     from pipeline.errors import Regressed, RunTakenOver, Unhealthy, system_fault
     from sharding.errors import BadData, BadDataLimit, StorageFault, UserError
     from sharding.prepare import TaskFailed
 
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, markup=False)],
-    )
+    settle_output()
+    redact_tracebacks()
+    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    handler.addFilter(Redacting())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     for room in ("pipeline", "sharding", "cluster", "model"):
         logging.getLogger(room).setLevel(logging.INFO)
+    ask_loopback_directly()
     try:
+        settle_home()
         app()
     except (UserError, ClusterError) as error:
         _fail(str(error), 2)
@@ -505,10 +533,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    for line in message.splitlines():
+    for line in redact(message).splitlines():
         sys.stderr.write(f"error: {line}\n")
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,18 +15,29 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cluster.config import ClusterConfig
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.tasks.registry import KINDS, TASK_TAGS
+from pipeline.evaluation.tasks.registry import TASK_TAGS
 from pipeline.fine_tuning.config import RetrievalFineTuning
+from pipeline.redaction import without_credentials
 from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
 from pipeline.training.health.config import HealthBlock
+from pipeline.yaml_reader import parse_yaml, read_yaml
 from sharding.errors import UserError
+from sharding.given_path import SENT, GivenPath, means_the_same_everywhere
 from sharding.prepare import PrepareConfig
 from sharding.prepared import PreparedConfig
 from sharding.storage import StorageConfig
@@ -37,7 +48,7 @@ class ModelBlock(Block):
 
     preset: Literal["tiny", "base"] = "base"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    weights: list[str] = Field(
+    weights: list[GivenPath] = Field(
         default_factory=list,
         description="files to begin with: CLIP, RoBERTa or released GLSCL weights, see model/importers",
     )
@@ -45,16 +56,36 @@ class ModelBlock(Block):
         default="builtin", description="'builtin' (RoBERTa's vocabulary) or a Hugging Face name or folder"
     )
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _same_everywhere(cls, tokenizer: str, info: ValidationInfo) -> str:
+        # A folder here, for transformers; elsewhere a name of the hub, or nothing.
+        folder = tokenizer.startswith((".", "~")) or Path(tokenizer).is_dir()
+        if info.context == SENT and folder and not means_the_same_everywhere(tokenizer):
+            raise ValueError(
+                f"got {tokenizer!r}; a job sent to a cluster needs an absolute path (of a folder that all its "
+                "machines have), or a Hugging Face name"
+            )
+        return tokenizer
+
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
-        from model import GLSCLConfig
+        from model import GLSCLConfig, ModelConfigurationError
 
-        known = GLSCLConfig.preset(self.preset).to_dict()
+        known = GLSCLConfig.own_fields()
         for key in self.overrides:
             if key not in known:
                 raise ValueError(f"model.overrides: unknown field '{key}'{did_you_mean(key, known)}")
-        GLSCLConfig.preset(self.preset, **self.overrides)
+        try:
+            GLSCLConfig.preset(self.preset, **self.overrides)
+        except ModelConfigurationError as error:
+            raise ValueError(re.sub(r"\bmodel\.(?=\w)", self._place, str(error))) from None
         return self
+
+    def _place(self, found: re.Match[str]) -> str:
+        name = re.match(r"\w+", found.string[found.end() :])
+        assert name is not None
+        return "model.overrides." if name[0] in self.overrides else "the preset's "
 
 
 # Tags of the two kinds of datasets. They are no keys of the YAML, so error messages leave them out.
@@ -188,77 +219,100 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     return f"; known: {', '.join(sorted(names))}" if len(names) <= 12 else ""
 
 
-def load_job(path: str | Path, overrides: typing.Sequence[str] = ()) -> JobConfig:
+def load_job(path: str | Path, overrides: typing.Sequence[str] = (), *, sent: bool = False) -> JobConfig:
     """Read, override and validate a job file.
 
     Args:
         path: the YAML file.
         overrides: ``dotted.key=value`` strings, values parsed as YAML; list items by number
             (``train.stages.0.steps=100``).
+        sent: the job is to run on other machines: relative paths are faults.
 
     Raises:
         UserError: one line for each fault, naming the field, the value and what would be right.
     """
-    source = Path(path)
-    try:
-        text = source.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{source}: there is no such job file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise UserError(f"{source}: must be a mapping with the keys {', '.join(JobConfig.model_fields)}")
-    return parse_job(tree, str(source), overrides)
+        what = "is empty" if tree is None else "is no mapping"
+        raise UserError(
+            f"{path}: {what}: must be a mapping with the keys {', '.join(JobConfig.model_fields)}"
+        )
+    return parse_job(tree, str(path), overrides, sent=sent)
 
 
-def parse_job(tree: dict[str, Any], origin: str, overrides: typing.Sequence[str] = ()) -> JobConfig:
+def parse_job(
+    tree: dict[str, Any], origin: str, overrides: typing.Sequence[str] = (), *, sent: bool = False
+) -> JobConfig:
     """Override and validate a job given as plain data; ``origin`` is named in errors."""
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return JobConfig.model_validate(tree)
+        job = JobConfig.model_validate(tree, context=SENT if sent else None)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors(include_url=False)]
-        # A refused branch of a union reports each alternative: the same line need not stand twice.
-        unique = list(dict.fromkeys(lines))
-        raise UserError("\n".join(f"{origin}: {line}" for line in unique)) from None
+    else:
+        lines = list(_wrong_numbers(tree, job, ""))
+        if not lines:
+            return job
+    # A refused branch of a union reports each alternative: the same line need not stand twice.
+    unique = dict.fromkeys(without_credentials(line) for line in lines)
+    raise UserError("\n".join(f"{origin}: {line}" for line in unique))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """The value stands in no message: it may be a secret."""
     key, separator, raw = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {override}: must be dotted.key=value")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML") from None
+        shown = re.match(r"[\w.-]*", key)
+        assert shown is not None
+        raise UserError(f"--set {shown[0]}: must be dotted.key=value")
+    value = parse_yaml(raw, f"--set {key}", key)
     *parents, last = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parents):
-        node = _descend(node, part, override, ".".join(parents[: depth + 1]), create=True)
+        node = _descend(node, part, key, ".".join(parents[: depth + 1]), create=True)
     if isinstance(node, list):
-        _descend(node, last, override, key, create=False)
+        _descend(node, last, key, key, create=False)
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"--set {override}: {'.'.join(parents)} is a single value, it has no '{last}'")
+        raise UserError(f"--set {key}: {'.'.join(parents)} is a single value, it has no '{last}'")
 
 
-def _descend(node: Any, part: str, override: str, path: str, *, create: bool) -> Any:
+def _descend(node: Any, part: str, key: str, path: str, *, create: bool) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"--set {override}: {path}: the list has items 0 to {len(node) - 1}")
+        if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
+            items = f"the list has items 0 to {len(node) - 1}" if node else "the list is empty"
+            raise UserError(f"--set {key}: {path}: {items}")
         return node[int(part)]
     if isinstance(node, dict):
         if create and node.get(part) is None:
             node[part] = {}
         return node[part]
-    raise UserError(f"--set {override}: {path} is below a single value")
+    raise UserError(f"--set {key}: {path} is below a single value")
+
+
+def _wrong_numbers(value: Any, taken: Any, field: str) -> typing.Iterator[str]:
+    """What pydantic takes for numbers and no job means: ``true`` for 1, whole floats beyond 64 bits.
+
+    Args:
+        value: as the file has it.
+        taken: as the configuration has it.
+        field: where, dotted.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            below = taken.get(key) if isinstance(taken, dict) else getattr(taken, key, None)
+            yield from _wrong_numbers(item, below, f"{field}.{key}" if field else key)
+    elif isinstance(value, list) and isinstance(taken, list | tuple) and len(value) == len(taken):
+        for number, (item, below) in enumerate(zip(value, taken, strict=True)):
+            yield from _wrong_numbers(item, below, f"{field}.{number}")
+    elif isinstance(taken, int | float) and not isinstance(taken, bool):
+        if isinstance(value, bool):
+            yield f"{field}: got {str(value).lower()}; must be a number"
+        elif abs(taken) >= 2**63 and isinstance(taken, int):
+            yield f"{field}: got {value}; is beyond the whole numbers of 64 bits"
 
 
 def _explain(detail: Any) -> str:
@@ -266,18 +320,27 @@ def _explain(detail: Any) -> str:
     tagged = [p for p in detail["loc"] if not str(p).startswith("function-")]
     location = [part for part in tagged if part not in tags]
     field = ".".join(str(part) for part in location) or "job"
-    if detail["type"] == "union_tag_invalid":  # the one union that can be: a task's kind
+    if detail["type"] == "union_tag_invalid":
         kind = detail["input"]["kind"]
-        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), KINDS)}"
+        tags = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
+        kinds = [TASK_TAGS.get(tag, tag) for tag in tags]
+        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), kinds)}"
+    if detail["type"] == "union_tag_not_found":
+        return f"{field}.kind: is required"
     if detail["type"] == "extra_forbidden":
         known = _fields_at(JobConfig, tagged[:-1])
         return f"{field}: unknown key{did_you_mean(str(location[-1]), known)}"
     if detail["type"] == "missing":
         return f"{field}: is required"
+    shown = _shown(detail["input"], location)
+    if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
+        return f"{field}: got {shown}; must be text: put it in quotes"
+    if detail["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{field}: got {shown}; must be a block of keys"
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
         return message if not location or field in message else f"{field}: {message}"
-    return f"{field}: got {_shown(detail['input'], location)}; {_decapitalised(detail['msg'])}"
+    return f"{field}: got {shown}; {_decapitalised(detail['msg'])}"
 
 
 def _shown(value: Any, location: list[Any]) -> str:
@@ -285,10 +348,12 @@ def _shown(value: Any, location: list[Any]) -> str:
     if any(
         word in str(part).lower()
         for part in location
-        for word in ("secret", "access_key", "password", "token")
+        for word in ("secret", "access_key", "password", "token", "env_vars")
     ):
         return "(hidden)"
-    text = repr(value)
+    if isinstance(value, dict | list) and value:
+        return "a block of keys" if isinstance(value, dict) else "a list"  # whatever it holds
+    text = without_credentials(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -37,6 +37,7 @@ from pipeline.results import Results
 from pipeline.runs import ConfigurationRefused, RunFolder, open_run_folder, read_record, run_path
 from pipeline.scoring import scorers_of
 from pipeline.scratch import check_scratch, only_copy, scratch_folder
+from pipeline.tokenizer import check_tokenizer
 from pipeline.tracking import Tracker, TrackingConfig, environment_tags, flatten_params
 from pipeline.tracking.changes import log_refusal
 from pipeline.tracking.preparation import PreparationTracker
@@ -60,6 +61,7 @@ _INDEXED_AT_ONCE = 4  # tars of another program's dataset
 
 def prepare_job(job: JobConfig, console: Console) -> dict[str, PreparedDataset]:
     """Turn the raw corpora of a job into shards (what is there already is kept); prints the counts."""
+    job = _settled(job)
     storage = _open(job)
     _check_sources(job, storage)
     with session(job.cluster, workers=0):
@@ -72,6 +74,8 @@ def run_job(job: JobConfig, console: Console) -> None:
     Raises:
         UserError: another driver is at work on the run.
     """
+    job = _settled(job)
+    check_tokenizer(job, fetch=True)
     storage = _open(job)
     _check_sources(job, storage)
     read_record(storage.at(run_path(job)))  # of another run, or damaged: before anything is done
@@ -125,6 +129,8 @@ def evaluate_job(
         known = [task.name for task in job.evaluate.tasks]
         if name not in known:
             raise UserError(f"--tasks: the job has no evaluate task '{name}'{did_you_mean(name, known)}")
+    job = _settled(job)
+    check_tokenizer(job, fetch=True)
     storage = _open(job)
     read_record(storage.at(run_path(job)))
     if not list_checkpoints(storage.at(run_path(job))):
@@ -153,6 +159,13 @@ def evaluate_job(
             finally:
                 dispatcher.stop()
                 report.stop()
+
+
+def _settled(job: JobConfig) -> JobConfig:
+    """The job with its tracking as it is from here on, whatever the environment becomes; mistakes in it end here."""
+    tracking = job.tracking.resolved(Path.cwd())
+    tracking.check()
+    return job.model_copy(update={"tracking": tracking})
 
 
 @contextmanager
@@ -223,7 +236,7 @@ def _prepare_one(
     slots = _preparation_slots()
     with (
         show_progress(console, f"preparing {name}", remaining=False) as task,
-        PreparationTracker(job.tracking.resolved(Path.cwd()), in_flight=slots) as tracker,
+        PreparationTracker(job.tracking, in_flight=slots) as tracker,
     ):
 
         def update(progress: Progress) -> None:
@@ -280,7 +293,7 @@ def _tracked_run(
     job: JobConfig, storage: Storage, prepared: dict[str, PreparedDataset], *, trains: bool = False
 ) -> Iterator[tuple[RunFolder, Tracker]]:
     """The run's folder and its MLflow run, whose status tells how the block ended. ``trains``: no copy of it may."""
-    config = job.tracking.resolved(Path.cwd())
+    config = job.tracking
     try:
         run = open_run_folder(job, storage, {name: dataset.path for name, dataset in prepared.items()})
     except ConfigurationRefused as error:
@@ -365,6 +378,7 @@ def _train(
 ) -> None:
     # Here: with them come torch, DeepSpeed and the model, which preparing and mistakes do without.
     from cluster.workers import run_workers
+    from model import TokenizerError
     from pipeline.training.health.memory import advice
     from pipeline.training.loop import TrainingPlan, train
     from pipeline.training.pretraining import PretrainingSubject
@@ -411,6 +425,8 @@ def _train(
                 stop=results.stop,
                 grace_s=job.checkpoints.on_stop_s,
             )
+        except TokenizerError as error:  # it was here, but is not on every machine
+            raise UserError(f"model.tokenizer: {error}, on the machine of a worker") from None
         except WorkerOutOfMemory as error:
             raise OutOfMemory(advice(job.train, f"worker {error.rank}", "host", str(error))) from error
     shutil.rmtree(scratch, ignore_errors=True)

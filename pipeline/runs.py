@@ -15,8 +15,8 @@ from pydantic import BaseModel, SecretStr
 
 from pipeline.changes import compare, trained_datasets
 from pipeline.config import JobConfig, parse_job
+from pipeline.redaction import without_userinfo
 from pipeline.tracking import RunHandle
-from pipeline.tracking.config import without_userinfo
 from pipeline.training.config import TrainBlock
 from pipeline.training.schedule import learning_rate_at
 from sharding.errors import UserError

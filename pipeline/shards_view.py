@@ -53,6 +53,7 @@ def details(manifest: Manifest) -> dict[str, Any]:
         "counts": manifest.counts.model_dump(mode="json"),
         "configuration": manifest.configuration,
         "source": manifest.source,
+        "skipped": manifest.skipped,
         "retractions": [entry.model_dump(mode="json") for entry in manifest.retractions],
         "largest_shard": max((shard.bytes for shard in manifest.shards), default=0),
     }
@@ -100,6 +101,10 @@ def print_dataset(value: dict[str, Any], console: Console) -> None:
     grid.add_row("read / kept", f"{counts['read']:,} / {counts['kept']:,}")
     for cause, number in sorted(counts["dropped"].items(), key=lambda item: (-item[1], item[0])):
         grid.add_row(f"  {cause}", f"{number:,}")
+    if value["skipped"]:
+        grid.add_row("passed over", f"{sum(value['skipped'].values()):,} files of the source, no inputs")
+    for reason, number in value["skipped"].items():
+        grid.add_row(f"  {reason}", f"{number:,}")
     grid.add_row("digest", value["digest"])
     for number, entry in enumerate(value["retractions"], 1):
         grid.add_row(
@@ -113,11 +118,16 @@ def read_sample(
 ) -> tuple[dict[str, Any], bytes | None]:
     """A sample by shard and row, or by key: its row of the index, its captions, and its media (None: unreadable).
 
+    Of a key that was left out when another program's tar was indexed: the key and the reason.
+
     Raises:
         UserError: there is no such sample.
     """
     if key is not None:
-        shard, row = _find(dataset, manifest, key)
+        found = _find(dataset, manifest, key)
+        if found is None:
+            return _left_out(dataset, manifest, key), None
+        shard, row = found
     assert shard is not None
     if shard >= len(manifest.shards):
         raise UserError(f"--shard {shard}: the dataset has shards 0 to {len(manifest.shards) - 1}")
@@ -133,8 +143,8 @@ def read_sample(
     return value | {"captions": sample.captions}, sample.media
 
 
-def _find(dataset: Storage, manifest: Manifest, key: str) -> tuple[int, int]:
-    """Shard and row of a key; shards first whose name it begins with."""
+def _find(dataset: Storage, manifest: Manifest, key: str) -> tuple[int, int] | None:
+    """Shard and row of a key, None where there is no such sample; shards first whose name it begins with."""
     order = sorted(
         range(len(manifest.shards)), key=lambda number: not key.startswith(manifest.shards[number].name)
     )
@@ -142,14 +152,32 @@ def _find(dataset: Storage, manifest: Manifest, key: str) -> tuple[int, int]:
         row = pc.index(load_index(dataset, manifest.shards[number])["key"], key).as_py()
         if row >= 0:
             return number, row
-    raise UserError(f"{dataset.url} has no sample with the key {key}")
+    return None
+
+
+def _left_out(dataset: Storage, manifest: Manifest, key: str) -> dict[str, Any]:
+    """What is known of a key that is in another program's tar and not in its index.
+
+    Raises:
+        UserError: nothing.
+    """
+    why = None
+    if any(shard.caption_field is not None for shard in manifest.shards):
+        from sharding.foreign import left_out  # loads the decoders of clips
+
+        why = left_out(dataset, key)
+    if why is None:
+        raise UserError(f"{dataset.url} has no sample with the key {key}")
+    problem = f"left out when its tar was indexed: {why}"
+    return {"shard": None, "row": None, "index": {"key": key}, "captions": [], "problem": problem}
 
 
 def print_sample(value: dict[str, Any], console: Console, out: Path | None) -> None:
     """A sample's captions and its row of the index."""
     grid = _grid()
-    grid.add_row("shard, row", f"{value['shard']}, {value['row']}")
-    grid.add_row("tar", value["tar"])
+    if "tar" in value:
+        grid.add_row("shard, row", f"{value['shard']}, {value['row']}")
+        grid.add_row("tar", value["tar"])
     for name, field in value["index"].items():
         if isinstance(field, int):
             grid.add_row(name, f"{field:016x}" if name.endswith("xxh3") else f"{field:,}")
@@ -286,7 +314,7 @@ def print_retraction(result: Retracted, console: Console, *, dry_run: bool, undo
         for shard, key in zip(
             *(result.rows[c].to_pylist()[:_SHOWN_KEYS] for c in ("shard", "key")), strict=True
         ):
-            _line(console, f"  {before.shards[shard].tar}  {key}")
+            _line(console, f"  {before.shards[shard].name}.tar  {key}")
         if number > _SHOWN_KEYS:
             _line(console, f"  ... and {number - _SHOWN_KEYS:,} more (--json lists all)")
         if result.already:

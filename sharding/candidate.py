@@ -195,7 +195,8 @@ class Examiner:
                 kept.append(caption)
         if not kept:
             cause = next(iter(dropped), "caption-empty")
-            raise BadData(cause, f"none of {len(texts) + not_text} captions can be used")
+            where = f" ({fetched.input.reason})" if fetched.input.reason else ""
+            raise BadData(cause, f"none of {len(texts) + not_text} captions can be used{where}")
         return kept, dict(sorted(dropped.items()))
 
 

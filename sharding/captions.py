@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 class NotText(ValueError):
@@ -23,6 +26,11 @@ def is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def caption_lines(text: str) -> list[str]:
+    """The lines of a text, as its bytes have them: a line separator or form feed within a caption ends no line."""
+    return [line for line in _LINE_END.split(text) if line.strip()]
 
 
 def stored_captions(description: bytes, text: bytes, field: str | None) -> list[str]:
@@ -58,7 +66,7 @@ def stored_captions(description: bytes, text: bytes, field: str | None) -> list[
     captions = _distinct(caption for caption in given if is_text(caption))
     if not captions:
         try:
-            captions = _distinct(text.decode("utf-8-sig").splitlines())
+            captions = _distinct(caption_lines(text.decode("utf-8-sig")))
         except UnicodeDecodeError as error:
             raise NotText(f"the text member is not UTF-8: {error.reason}") from None
     if captions:

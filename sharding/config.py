@@ -23,7 +23,7 @@ from sharding.media.config import ImageConfig, VideoConfig
 from sharding.sources.config import FetchConfig, SourceConfig
 
 # Raised when the way samples are made changes, so that shards of two versions of this program never mix.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class _Block(BaseModel):

@@ -15,6 +15,18 @@ class UserError(ValueError):
     """A mistake of the user's. The message: one line, naming the field or path and what would be right."""
 
 
+class UnreadableObject(UserError):
+    """An object that a store has but does not give: archived, access denied, encrypted with a key out of reach.
+
+    A preparation counts it under ``cause`` and goes on with the others; whoever needs this very object stops, as with
+    any mistake that the user can mend.
+    """
+
+    def __init__(self, detail: str, cause: str = "unreadable-file") -> None:
+        super().__init__(detail)
+        self.cause = cause
+
+
 class StorageFault(OSError):
     """A transient storage fault that was still there after the last retry. The message names the url.
 

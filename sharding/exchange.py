@@ -3,26 +3,29 @@
 ::
 
     staged indexes --partition (a group of tasks)--> keys/FILTER/GROUP      cut by bucket: each index is read once
-    keys           --compare   (a bucket of keys)--> copies/FILTER/BUCKET   cut by group: who came later
+    keys           --compare   (a bucket of keys)--> others/FILTER/BUCKET   cut by group: who came later, with other
+                                                     captions than all that are equal and came before
+                                                     copies/FILTER/BUCKET   cut by group: all others who came later
                                                      spread/FILTER/BAND/BUCKET  near: first ones, cut by key
     spread         --search    (a band's bucket)---> near/SEARCH            cut by group: who is near an earlier one
-    copies, near   --gather    (a group of tasks)--> dropped/GROUP          cut by task: rows and their filter
+    others, copies, near --gather (a group of tasks)--> dropped/GROUP       cut by task: rows and their cause
 
-A key is 16 bytes of a digest, or the perceptual hash; it travels with its *place* (task and row, in input order).
+A key is 16 bytes of a digest and 8 of the captions' (of the first one, and how many there are), or the perceptual hash;
+it travels with its *place* (task and row, in input order). Captions decide only under which cause a copy counts.
 The rule is one for all: a sample is dropped if any earlier one equals it or lies within the distance, whether that
 one is dropped or not. So it does not matter which task finds what first, and the result is the same for any number
 of workers. Equal perceptual hashes are collapsed in ``compare`` before the search (``sharding/filters/near.py``).
 
-Bounds, whatever the corpus: a group and a bucket hold about ``ROWS`` keys (24 bytes each, several times that while
+Bounds, whatever the corpus: a group and a bucket hold about ``ROWS`` keys (32 bytes each, several times that while
 they are sorted), and every file between two steps is one object, of which a task reads a part by two range reads.
 Of 10^9 samples in 10^5 tasks, with ``duplicates`` and ``near_duplicates: 4`` (500 groups, 500 buckets, 2,500 bands'
 buckets)::
 
     step        tasks     reads                             bytes read      objects written
     partition     500     10^5 indexes                      the indexes     1,000
-    compare     1,000     500 x 2 each: 10^6                24 + 16 GB      3,500
+    compare     1,000     500 x 2 each: 10^6                32 + 16 GB      4,000
     search      2,500     500 x 2 each: 2.5 x 10^6          80 GB           2,500
-    gather        500     (1,000 + 2,500) x 2 each: 3.5 M   8 bytes a find  500
+    gather        500     (1,500 + 2,500) x 2 each: 4 M     8 bytes a find  500
     commit       10^5     2 each                            8 bytes a drop  (the shards)
 
 Memory of one task is that of its keys (``python -m benchmarks.duplicates``: about 250 bytes a key in ``partition``, 90
@@ -41,7 +44,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from sharding.filters.config import CorpusFilter, DuplicatesFilter, NearDuplicatesFilter, corpus_cause
+from sharding.filters.config import (
+    OTHER_CAPTION,
+    CorpusFilter,
+    DuplicatesFilter,
+    NearDuplicatesFilter,
+    corpus_cause,
+)
 from sharding.filters.duplicates import digest_words, later_copies, mixed
 from sharding.filters.near import Blocks, cut, search_band
 from sharding.index import read_index
@@ -152,17 +161,21 @@ def _staged_keys(exchange: Exchange, task: int) -> list[np.ndarray]:
 def _keys(index: pa.Table, block: CorpusFilter) -> np.ndarray:
     if isinstance(block, NearDuplicatesFilter):
         return index.column("phash").to_numpy()[:, None]
+    # KEY.txt holds the first caption.
+    captions = index.column("text_xxh3").to_numpy() ^ mixed(
+        index.column("captions").to_numpy().astype(np.uint64)
+    )
     if block.by == "pixels":
-        return digest_words(index.column("pixels").to_pylist())
+        return np.column_stack([digest_words(index.column("pixels").to_pylist()), captions])
     words = digest_words(index.column("sha256").to_pylist())
     # Several samples of one input (TASK-ROW-PART) are no copies of each other.
     parts = [key.split("-")[2:] for key in index.column("key").to_pylist()]
     words[:, 1] ^= mixed(np.array([int(part[0]) + 1 if part else 0 for part in parts], dtype=np.uint64))
-    return words
+    return np.column_stack([words, captions])
 
 
 def _width(block: CorpusFilter) -> int:
-    return 3 if isinstance(block, DuplicatesFilter) else 2
+    return 4 if isinstance(block, DuplicatesFilter) else 2
 
 
 def _distance(block: CorpusFilter) -> int:
@@ -170,7 +183,9 @@ def _distance(block: CorpusFilter) -> int:
 
 
 def compare(exchange: Exchange, task: int) -> None:
-    """Find the later ones of equal keys of one bucket; of perceptual hashes hand the first ones on."""
+    """Find the later ones of equal keys of one bucket, apart those with captions that none before had; of perceptual
+    hashes hand the first ones on.
+    """
     number, bucket = divmod(task, exchange.buckets)
     path = exchange.path("copies", number, bucket)
     if exchange.dataset.exists(path):
@@ -179,7 +194,13 @@ def compare(exchange: Exchange, task: int) -> None:
         exchange, [(exchange.path("keys", number, group), bucket) for group in range(exchange.groups)]
     )
     rows = rows.reshape(-1, _width(exchange.filters[number]))  # in input order: groups are
-    copies = later_copies(rows[:, :-1])
+    if isinstance(exchange.filters[number], DuplicatesFilter):
+        copies = later_copies(rows[:, :2])
+        others = copies & ~later_copies(rows[:, :3])
+        _write_places(exchange, exchange.path("others", number, bucket), rows[others, -1])
+        copies &= ~others
+    else:
+        copies = later_copies(rows[:, :-1])
     if _distance(exchange.filters[number]):
         blocks, firsts = exchange.blocks(number), rows[~copies]
         for band in range(blocks.bands):
@@ -206,15 +227,17 @@ def gather(exchange: Exchange, group: int) -> None:
     path = exchange.path("dropped", group)
     if exchange.dataset.exists(path):
         return
-    dropped: dict[int, np.ndarray] = {}
-    for number in range(len(exchange.filters)):
+    dropped: list[np.ndarray] = []  # by the place of its cause in ``_causes``
+    for number, block in enumerate(exchange.filters):
         found = [exchange.path("copies", number, bucket) for bucket in range(exchange.buckets)]
         found += [
             exchange.path("near", task) for task, one in enumerate(exchange.searches) if one[0] == number
         ]
-        dropped[number] = np.unique(_gathered(exchange, [(source, group) for source in found]))
-    places = np.concatenate([dropped[number] for number in dropped])
-    causes = np.repeat(np.arange(len(dropped), dtype=np.uint64), [len(dropped[number]) for number in dropped])
+        others = [exchange.path("others", number, bucket) for bucket in range(exchange.buckets)]
+        for sources in (found, others if isinstance(block, DuplicatesFilter) else []):
+            dropped.append(np.unique(_gathered(exchange, [(source, group) for source in sources])))
+    places = np.concatenate(dropped)
+    causes = np.repeat(np.arange(len(dropped), dtype=np.uint64), [len(rows) for rows in dropped])
     places, first = np.unique(places, return_index=True)
     rows = np.column_stack([places, causes[first]])
     start = group * exchange.group
@@ -225,9 +248,14 @@ def dropped_rows(exchange: Exchange, task: int) -> dict[int, str]:
     """After all steps: the rows of a task's staged index that are dropped, and their cause."""
     group, part = divmod(task, exchange.group)
     rows = _read_part(exchange.dataset, exchange.path("dropped", group), part).reshape(-1, 2)
-    causes = [corpus_cause(block) for block in exchange.filters]
+    causes = _causes(exchange)
     mask = (np.uint64(1) << _ROW_BITS) - np.uint64(1)
     return {int(place & mask): causes[int(number)] for place, number in rows}
+
+
+def _causes(exchange: Exchange) -> list[str]:
+    """Two of each filter: of what it finds, and of what it finds with other captions."""
+    return [cause for block in exchange.filters for cause in (corpus_cause(block), OTHER_CAPTION)]
 
 
 def _in_parallel(read: Callable, items: Iterable) -> Iterator:

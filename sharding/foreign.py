@@ -29,16 +29,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_intdigest
 
 from sharding.captions import NotText, stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
+from sharding.filters.config import chosen
 from sharding.filters.words import count_words
 from sharding.index import INDEX_SCHEMA, index_table, write_index
 from sharding.keys import keyed_shard, repeated_keys
 from sharding.manifest import (
     MANIFEST_PATH,
+    OVERLAY_FOLDER,
     Counts,
     Manifest,
     Modality,
@@ -46,12 +48,14 @@ from sharding.manifest import (
     canonical_digest,
     load_manifest,
 )
-from sharding.media import MediaInfo, decoding, probe_image, probe_video
-from sharding.media.video import clip_packets, is_animation, open_clip, video_stream
-from sharding.names import escape_name
-from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from sharding.media import MediaInfo, probe_image
+from sharding.media.single_frame import refuse_still
+from sharding.media.video import clip_info
+from sharding.names import Skipped, escape_name
+from sharding.sources.addresses import public_address
+from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, reading
 from sharding.storage import Storage, StoredFile
-from sharding.tarnames import TEXT_EXTENSIONS, last_part, of_kind, split_name
+from sharding.tarnames import TEXT_EXTENSIONS, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import Member, TarWalk
 
 _MEDIA: dict[Modality, frozenset[str]] = {
@@ -63,7 +67,9 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _LARGEST_MEMBER = 1 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KIND = "shards"  # of the source, in the manifest's configuration
+_OURS = ("index", OVERLAY_FOLDER, MANIFEST_PATH)
 _SHOWN = 3  # examples of broken samples in an error
+_READERS = 16
 
 
 class ForeignRecord(BaseModel):
@@ -78,6 +84,7 @@ class ForeignRecord(BaseModel):
     shard: ShardRecord | None
     counts: Counts
     examples: list[str]
+    skipped: dict[str, int] = Field(default_factory=dict)  # members of no sample, by reason
 
 
 def index_shards(
@@ -109,8 +116,9 @@ def index_shards(
     there = load_manifest(dataset) if dataset.exists(MANIFEST_PATH) else None
     if there is not None and there.configuration.get("source", {}).get("kind") != _KIND:
         return there  # made by this program: it needs no index
-    tars = _list_tars(dataset)
-    listing = canonical_digest([[file.path, file.size] for file in tars])
+    skipped = Skipped()
+    tars = _list_tars(dataset, skipped)
+    listing = canonical_digest([[escape_name(file.path), file.size] for file in tars])
     configuration: dict[str, Any] = {
         "source": {"kind": "shards", "modality": modality, "caption_field": caption_field}
     }
@@ -133,10 +141,11 @@ def index_shards(
     counts = Counts()
     for record in records:
         counts = counts.plus(record.counts)
+        skipped.merge(record.skipped)
     _check_counts(dataset, records, counts, bad_limit)
     repeated = repeated_keys([keyed_shard(dataset, shard) for shard in shards], limit=1)
     if repeated:
-        where = " and ".join(dict.fromkeys(shard.record.tar for shard in repeated[0].shards))
+        where = " and ".join(dict.fromkeys(f"{shard.record.name}.tar" for shard in repeated[0].shards))
         raise UserError(
             f"{dataset.url}: the key {repeated[0].key} stands twice ({where}); keys must be unique in a dataset"
         )
@@ -145,7 +154,12 @@ def index_shards(
         modality=modality,
         configuration=configuration,
         configuration_digest=canonical_digest(configuration),
-        source={"url": dataset.url, "inputs": counts.read, "digest": listing},
+        source={
+            "url": dataset.url,
+            "inputs": counts.read,
+            "digest": listing,
+            "skipped": skipped.counts(),
+        },
         shards=shards,
         counts=counts,
     )
@@ -153,16 +167,36 @@ def index_shards(
     return manifest
 
 
-def _list_tars(dataset: Storage) -> list[StoredFile]:
+def left_out(dataset: Storage, key: str) -> str | None:
+    """Why a key of an indexed tar is not in the index, where it is among the examples that were noted of each tar."""
+    paths = [file.path for file in dataset.list("index") if file.path.endswith(".json")]
+
+    def example(path: str) -> str | None:
+        try:
+            noted = ForeignRecord.model_validate(dataset.read_json(path)).examples
+        except (FileNotFoundError, ValueError):  # it is of another version, or none
+            return None
+        return next((text for text in noted if f", key {key}: " in text), None)
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="examples") as pool:
+        return next(filter(None, pool.map(example, paths)), None)
+
+
+def _list_tars(dataset: Storage, skipped: Skipped) -> list[StoredFile]:
     tars = []
-    for file in dataset.list():
-        if file.path.endswith(_COMPRESSED):
+    for path, size in skipped.visible(dataset.list(others=skipped.add_other)):
+        suffix = path.lower()
+        if suffix.endswith(_COMPRESSED):
             raise UserError(
-                f"{dataset.url_of(file.path)} is compressed: samples cannot be read from it one by one; unpack it "
-                "to a plain .tar"
+                f"{escape_name(dataset.url_of(path))} is compressed: samples cannot be read from it one by one; "
+                "unpack it to a plain .tar"
             )
-        if file.path.endswith(".tar"):
-            tars.append(file)
+        if suffix.endswith(".tar") and not path.endswith(".tar"):
+            raise UserError(f"{escape_name(dataset.url_of(path))}: rename it, so that it ends with .tar")
+        if path.endswith(".tar"):
+            tars.append(StoredFile(path, size))
+        elif path.partition("/")[0] not in _OURS:
+            skipped.add_file(path)
     return tars
 
 
@@ -182,7 +216,7 @@ def _finished(manifest: Manifest, dataset: Storage, listing: str, configuration:
 
 
 def _check_counts(dataset: Storage, records: list[ForeignRecord], counts: Counts, bad_limit: float) -> None:
-    bad = counts.read - counts.kept
+    bad = sum(number for cause, number in counts.dropped.items() if not chosen(cause))
     causes = ", ".join(f"{cause} {number}" for cause, number in counts.dropped.items())
     examples = [example for record in records for example in record.examples][:_SHOWN]
     if bad > bad_limit * counts.read:
@@ -195,8 +229,10 @@ def _check_counts(dataset: Storage, records: list[ForeignRecord], counts: Counts
 
 
 def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_field: str) -> ForeignRecord:
-    """Index one tar, unless its record says that this was done."""
-    name = file.path[: -len(".tar")]
+    """Index one tar, unless its record says that this was done. One that the storage does not give counts as one
+    sample, and is asked for again by the next run.
+    """
+    name = escape_name(file.path[: -len(".tar")])
     path = f"index/{name}.json"
     try:
         record = ForeignRecord.model_validate(dataset.read_json(path))
@@ -207,10 +243,20 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
             return record
     url = dataset.url_of(file.path)
     reader = _TarIndex(url, modality, caption_field)
-    with dataset.open(file.path) as stream:
-        walk = TarWalk(stream, url)
-        for sample in _samples(walk, url):
-            reader.add(sample)
+    skipped = Skipped()
+    try:
+        with reading(file.path):
+            if "" in name.split("/"):
+                raise Unreadable(
+                    "bad-address", f"{escape_name(url)}: its key has an empty part between slashes"
+                )
+            with dataset.open(file.path) as stream:
+                walk = TarWalk(stream, url)
+                for sample in _samples(walk, url, skipped):
+                    reader.add(sample)
+    except Unreadable as fault:
+        counts = Counts(read=1, dropped={fault.cause: 1})
+        return _record(file, modality, caption_field, counts=counts, examples=[str(fault)])
     shard = None
     if reader.rows:
         index = write_index(pa.concat_tables([*reader.tables(), index_table([])]))
@@ -224,17 +270,22 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
             caption_field=caption_field,
         )
         dataset.write_bytes(shard.index, index)
-    record = ForeignRecord(
-        version=3,
-        tar_bytes=file.size,
-        modality=modality,
-        caption_field=caption_field,
+    record = _record(
+        file,
+        modality,
+        caption_field,
         shard=shard,
         counts=reader.counts,
         examples=reader.examples,
+        skipped=skipped.counts(),
     )
     dataset.write_json(path, record.model_dump(mode="json"))
     return record
+
+
+def _record(file: StoredFile, modality: Modality, caption_field: str, **found: Any) -> ForeignRecord:
+    values = {"version": 3, "tar_bytes": file.size, "modality": modality, "caption_field": caption_field}
+    return ForeignRecord.model_validate(values | {"shard": None} | found)
 
 
 _Found = tuple[Member, bytes]
@@ -253,12 +304,13 @@ class _Sample:
         return [(last_part(extension), member) for extension in found for member in self.members[extension]]
 
 
-def _samples(walk: TarWalk, url: str) -> Iterator[_Sample]:
+def _samples(walk: TarWalk, url: str, skipped: Skipped) -> Iterator[_Sample]:
     """Members in groups by key, which must lie together."""
     current, seen = _Sample(""), set[str]()
     for member, data in walk.members(largest=_LARGEST_MEMBER):
         name = split_name(member.name)
         if name is None:
+            count_aside(member.name, skipped)
             continue
         key, extension = name
         if key != current.key:
@@ -391,20 +443,13 @@ def _facts(description: bytes) -> dict[str, str]:
         if isinstance(digest, str) and _SHA256.fullmatch(digest.lower()):
             facts["sha256"] = digest.lower()
         source = next((value[name] for name in ("source", "url") if isinstance(value.get(name), str)), "")
-        facts["source"] = escape_name(source)
+        facts["source"] = escape_name(public_address(source))
     return facts
 
 
 def _probe(data: bytes, modality: Modality) -> MediaInfo:
-    """Size, and of a clip the frames and seconds, from headers and packet times; nothing is decoded."""
+    """Size, and of a clip the frames and seconds, from headers and packet times; of a clip one frame is decoded."""
     if modality == "image":
         return probe_image(data)
-    info = probe_video(data)
-    if is_animation(data):
-        return info
-    with decoding(), open_clip(data) as container:
-        stream = video_stream(container, info.width * info.height)
-        times = clip_packets(container, stream).times
-        step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0
-        seconds = float((times[-1] - times[0] + step) * (stream.time_base or 0))
-        return MediaInfo(info.width, info.height, len(times), round(seconds, 6))
+    refuse_still(data)
+    return clip_info(data)

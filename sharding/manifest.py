@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.errors import UserError
+from sharding.names import unescape_name
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -45,7 +46,8 @@ def canonical_digest(value: Any) -> str:
 
 def _below_the_dataset(path: str) -> str:
     """A manifest may come from anywhere: no path in it leads out of its folder."""
-    if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+    name = unescape_name(path)
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError("must be a path below the dataset's folder")
     return path
 
@@ -55,6 +57,9 @@ PathInDataset = Annotated[str, AfterValidator(_below_the_dataset)]
 
 class ShardRecord(BaseModel):
     """One shard: ``NAME.tar`` with ``samples`` samples, and its index. Sizes in bytes.
+
+    ``name`` is for people and paths of ours: as ``sharding.names.escape_name`` writes it, where a tar of another
+    program's has a name that is not UTF-8.
 
     ``caption_field``: None where this program wrote the tar. In a tar of another program's
     (``sharding.foreign``) the field of a sample's JSON that holds its captions; it may hold samples and members
@@ -74,7 +79,7 @@ class ShardRecord(BaseModel):
     @property
     def tar(self) -> str:
         """Path of the tar relative to the dataset."""
-        return f"{self.name}.tar"
+        return f"{unescape_name(self.name)}.tar"
 
     @property
     def index(self) -> str:
@@ -153,7 +158,8 @@ class OverlayRevision(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The whole dataset. ``source`` holds the url, the number of inputs and the digest of their listing.
+    """The whole dataset. ``source`` holds the url, the number of inputs, the digest of their listing, and what the
+    listing passed over.
 
     What is dropped is either in ``dropped_keys`` or in the file ``dropped_rows``; ask ``sharding.overlay.Dropped``.
     """
@@ -211,6 +217,12 @@ class Manifest(BaseModel):
     def samples(self) -> int:
         """Samples in the shards (dropped ones included: they keep their slots)."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Files of the source that are no inputs, by reason (``sharding.names``), the most frequent first."""
+        found = self.source.get("skipped", {})
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def dropped(self) -> int:

@@ -18,11 +18,11 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 HIDDEN = "hidden"
 NO_SUFFIX = "no-suffix"
-ORPHAN = "caption-without-media"
+UNUSED_CAPTION = "unused-caption"  # no media file has its name, or another spelling of it is taken
 NOT_LISTED = "not-in-the-list"
 NOT_A_FILE = "not-a-file"
 OTHER = "other"
@@ -41,12 +41,12 @@ _FILES = frozenset({"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.in
 _SUFFIX = re.compile(r"\.[a-z0-9_+-]{1,12}")
 _MOST_REASONS = 100
 
-_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4}))")
+# What ``escape_name`` writes, and nothing else: no escape stands for a slash or a dot.
+_WRITTEN = r"x([01][0-9a-f]|5c|7f|[89a-f][0-9a-f])|u(00[89][0-9a-f]|202[89a-e]|206[6-9]|d[89a-f][0-9a-f]{2})"
+_ESCAPE = re.compile(rf"\\(?:{_WRITTEN})")
 # Control characters, line ends, marks that turn the direction of text around, and surrogates; and a backslash where
 # what follows would make an escape of it.
-_TO_ESCAPE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]" + r"|\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})"
-)
+_TO_ESCAPE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]" + rf"|\\(?={_WRITTEN})")
 
 
 def hidden(path: str) -> bool:
@@ -89,13 +89,22 @@ class Skipped:
         suffix = posixpath.splitext(path)[1].lower()
         self.add(suffix if _SUFFIX.fullmatch(suffix) else NO_SUFFIX)
 
-    def visible(self, paths: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    def visible(self, paths: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
         """Of listed (path, size) those that are not hidden; the others are counted."""
         for path, size in paths:
             if hidden(path):
                 self.add(HIDDEN)
             else:
                 yield path, size
+
+    def add_other(self, path: str, _: str) -> None:
+        """Count what is there but is no file (``others`` of ``Storage.list``)."""
+        self.add(HIDDEN if hidden(path) else NOT_A_FILE)
+
+    def merge(self, counts: Mapping[str, int]) -> None:
+        """Count what another listing passed over."""
+        for reason, number in counts.items():
+            self.add(reason, number)
 
     def counts(self) -> dict[str, int]:
         """Files by reason, the most frequent first."""

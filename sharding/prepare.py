@@ -221,8 +221,9 @@ def prepare(
     dataset.check(write=True)
     score = config.score_filter
     scorer = scorers[score.scorer] if score is not None and scorers is not None else None
-    work = Work(dataset, config, make_plan(source, found, config, dataset), scorer)
-    identity, origin = config.identity(), found.model_dump(mode="json")
+    plan = make_plan(source, found, config, dataset)
+    work = Work(dataset, config, plan, scorer)
+    identity, origin = config.identity(), plan.source.model_dump(mode="json")
     if on_start is not None:
         on_start(Preparation(name, dataset, identity, config.digest, origin, work.plan.tasks))
     try:

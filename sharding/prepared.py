@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 from sharding.manifest import Manifest, Modality
 from sharding.storage import Storage, normalise_url
 
@@ -21,7 +22,7 @@ class PreparedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prepared: str = Field(
+    prepared: GivenPath = Field(
         description="folder, file:// or s3:// url of a dataset or of a folder of WebDataset tars; the S3 options are "
         "those of the storage"
     )

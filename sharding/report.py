@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from sharding.filters.config import chosen
+from sharding.filters.config import OTHER_CAPTION, chosen
 from sharding.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def closing_table(manifests: Iterable[Manifest]) -> Table:
-    """One row a dataset; bad data and what the filters chose to drop are told apart, each by cause."""
+    """One row a dataset; bad data and what the filters chose to drop are told apart, each by cause.
+
+    Files passed over are no inputs, and so not among those read.
+    """
     from rich.table import Table
 
     table = Table(title="datasets", title_style="bold", title_justify="left")
@@ -26,6 +29,7 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
         "filtered": [{c: n for c, n in m.counts.dropped.items() if chosen(c)} for m in manifests],
         "bad": [{c: n for c, n in m.counts.dropped.items() if not chosen(c)} for m in manifests],
         "captions left out": [m.counts.captions_dropped for m in manifests],
+        "files passed over": [m.skipped for m in manifests],
     }
     shown = {what: counts for what, counts in causes.items() if any(counts)}
     for what in shown:
@@ -40,7 +44,22 @@ def closing_table(manifests: Iterable[Manifest]) -> Table:
             manifest.digest[:12],
             *(_by_cause(counts[row]) for counts in shown.values()),
         )
+    table.caption = "\n".join(filter(None, map(_hint, manifests))) or None
+    table.caption_justify = "left"
     return table
+
+
+def _hint(manifest: Manifest) -> str:
+    """What to do about rows that were dropped for their media though they had captions of their own."""
+    number = manifest.counts.dropped.get(OTHER_CAPTION, 0)
+    if not number:
+        return ""
+    text = f"{manifest.name}: {number:,} samples were dropped as copies though their captions are others"
+    if manifest.configuration.get("source", {}).get("kind") in ("table", "huggingface"):
+        text += (
+            " (source.group_by: COLUMN makes one sample of the rows of a picture or clip, with all captions)"
+        )
+    return text
 
 
 def _by_cause(numbers: Mapping[str, int]) -> str:

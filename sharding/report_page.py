@@ -36,6 +36,7 @@ def report_page(manifest: Manifest, summary: Summary) -> str:
         _tiles(manifest, summary),
         _section("What was dropped, and why", _dropped_table(manifest, summary)),
         _section("Captions left out of kept samples", _captions_table(manifest)),
+        _section("Files of the source that are no inputs", _skipped_table(manifest)),
         _section("Distributions of the kept samples", _distributions(summary)),
         _section("Kept samples", _sheet(summary.sheet.kept, budget)),
         _section("Dropped inputs", "".join(_dropped_sheets(manifest, summary, budget))),
@@ -122,6 +123,14 @@ def _captions_table(manifest: Manifest) -> str:
     ranked = _ranked(manifest.counts.captions_dropped)[:_CAUSES]
     rows = [f"<tr><td>{shown_text(cause)}</td><td class='n'>{number:,}</td></tr>" for cause, number in ranked]
     return _table("<th>cause</th><th class='n'>captions</th>", rows) if rows else ""
+
+
+def _skipped_table(manifest: Manifest) -> str:
+    rows = [
+        f"<tr><td>{shown_text(reason)}</td><td class='n'>{number:,}</td></tr>"
+        for reason, number in _ranked(manifest.skipped)[:_CAUSES]
+    ]
+    return _table("<th>reason, or suffix</th><th class='n'>files</th>", rows) if rows else ""
 
 
 def _table(head: str, rows: Sequence[str]) -> str:

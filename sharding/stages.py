@@ -36,7 +36,7 @@ from sharding.config import PrepareConfig
 from sharding.contact import Collector, ContactSheet
 from sharding.errors import BadData, UserError
 from sharding.exchange import Exchange, dropped_rows
-from sharding.filters.config import chosen, corpus_cause
+from sharding.filters.config import OTHER_CAPTION, chosen, corpus_cause
 from sharding.index import IndexRow, read_index
 from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Plan, read_inputs
@@ -49,6 +49,7 @@ WORK = "work"
 _STAGED = f"{WORK}/staged"
 _CONTACT = f"{WORK}/contact"
 _EXCHANGE = f"{WORK}/exchange"
+_EXCHANGE_FORMAT = 2  # of the files between its steps
 _COMMITS = "commits"
 _EXAMPLES = 3
 _READERS = 16
@@ -80,7 +81,7 @@ class Work:
         """The comparison of the ``samples`` that are staged when every task is encoded."""
         return Exchange(
             dataset=self.dataset,
-            folder=f"{_EXCHANGE}/{samples}",
+            folder=f"{_EXCHANGE}/{samples}-{_EXCHANGE_FORMAT}",
             filters=tuple(self.config.corpus_filters),
             tasks=self.plan.tasks,
             samples=samples,
@@ -182,7 +183,9 @@ def _write_candidates(
     dropped: Counter[str] = Counter()
     captions_dropped: Counter[str] = Counter()
     examples: defaultdict[str, list[str]] = defaultdict(list)
-    seen: set[str] = set()
+    seen: defaultdict[str, set[tuple[str, int]]] = defaultdict(
+        set
+    )  # captions by digest, as the exchange tells them
     inputs = 0
 
     def count(address: str, fault: BadData) -> None:
@@ -202,14 +205,17 @@ def _write_candidates(
                 yield from ((row, candidate) for candidate in examined.candidates)
 
     for row, candidate, score, fault in _scored(work, candidates()):
-        if fault is None and candidate.sha256 in seen:
-            fault = BadData("duplicate", "the same bytes came before")
+        if fault is None and work.drops_copies:
+            captions = candidate.captions[0], len(candidate.captions)
+            if candidate.sha256 in seen:
+                same = captions in seen[candidate.sha256]
+                what = "the same bytes came before" + ("" if same else ", with other captions")
+                fault = BadData("duplicate" if same else OTHER_CAPTION, what)
+            seen[candidate.sha256].add(captions)
         if fault is not None:
             count(candidate.source, fault)
             pictures.reject(row, candidate.media, candidate.captions, candidate.source, fault)
             continue
-        if work.drops_copies:
-            seen.add(candidate.sha256)
         captions_dropped.update(candidate.captions_dropped)
         key = f"{shard_name(task)}-{row:06d}"
         key = key if candidate.part is None else f"{key}-{candidate.part:04d}"

@@ -7,9 +7,9 @@ What every other module may rely on, on both kinds:
 * Every call ends: connecting and reading have time-outs, transient faults are retried with exponential
   backoff and reads go on by range from where they broke.
 * Errors are of four kinds: ``FileNotFoundError`` with the full url; ``UserError`` for what the user can mend
-  (bucket, credentials, endpoint; of a folder ``StorageRefused``: not permitted, too long a name);
-  ``StorageFault`` when retries are used up (a full or read-only disk and a network mount that is away are
-  faults too); ``BadData`` when bytes are not those expected.
+  (bucket, credentials, endpoint; ``UnreadableObject`` where it is of the one file that is read; of a folder
+  ``StorageRefused``: not permitted, too long a name); ``StorageFault`` when retries are used up (a full or read-only
+  disk and a network mount that is away are faults too); ``BadData`` when bytes are not those expected.
 * Credentials appear in no url, repr, log or error.
 * A path that the store listed (``ExactPath``) is that of its file, whatever its name is.
 
@@ -26,7 +26,7 @@ import os
 import posixpath
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, Protocol
@@ -35,6 +35,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from sharding.errors import BadData, StorageFault, UserError
+from sharding.given_path import GivenPath
 from sharding.storage_file import FileBackend, write_file
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class StorageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field(description="file:///folder, a folder path, or s3://bucket/prefix")
+    url: GivenPath = Field(description="file:///folder, a folder path, or s3://bucket/prefix")
     endpoint_url: str | None = Field(
         default=None, description="S3 endpoint; default: AWS_ENDPOINT_URL[_S3], then AWS"
     )
@@ -136,7 +137,9 @@ class Backend(Protocol):
     def local_path(self, path: str) -> Path | None: ...
     def check(self, *, write: bool) -> None: ...
     def state(self, path: str) -> FileState: ...
-    def iterate(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def iterate(
+        self, prefix: str, others: Callable[[str, str], None] | None = None
+    ) -> Iterator[tuple[str, int]]: ...
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes: ...
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> bool: ...
@@ -206,13 +209,19 @@ class Storage:
         """Size in bytes. FileNotFoundError (with the full url) when there is no such file."""
         return self._backend.state(self._path(path)).size
 
-    def list(self, prefix: str = "") -> Iterator[StoredFile]:
+    def list(
+        self, prefix: str = "", others: Callable[[str, str], None] | None = None
+    ) -> Iterator[StoredFile]:
         """All files in the folder ``prefix`` and below, sorted by path (code points); none if there is no
         such folder.
 
         Streams: holds one folder (file://) or one page (s3://) at a time.
+
+        Args:
+            others: called with what is there but no file, and why: a link to nothing, a socket, a folder that cannot
+                be read (its path ends with a slash). Without it such a folder raises an OSError.
         """
-        for path, size in self._backend.iterate(_clean(prefix)):
+        for path, size in self._backend.iterate(_clean(prefix), others):
             yield StoredFile(ExactPath(path), size)
 
     def read_bytes(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -230,7 +239,7 @@ class Storage:
         data = self.read_bytes(path)
         try:
             return json.loads(data.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.url_of(path)} is not valid JSON ({error})") from None
 
     def write_json(self, path: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
@@ -144,6 +145,21 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes of a regular file, or of what a link leads to; None of anything else."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except OSError:
+        return None
+
+
 class FileBackend:
     """A folder. See ``sharding.storage.Backend``."""
 
@@ -191,14 +207,20 @@ class FileBackend:
                 raise FileNotFoundError(errno.ENOENT, "is not a file")
         return FileState(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}")
 
-    def iterate(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def iterate(
+        self, prefix: str, others: Callable[[str, str], None] | None = None
+    ) -> Iterator[tuple[str, int]]:
         start = self._root / prefix
         with self._named(prefix):
             if start.is_dir():
-                yield from self._walk(start, f"{prefix}/" if prefix else "", ())
+                yield from self._walk(start, f"{prefix}/" if prefix else "", (), others)
 
     def _walk(
-        self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
+        self,
+        folder: Path,
+        prefix: str,
+        above: tuple[tuple[int, int], ...],
+        others: Callable[[str, str], None] | None,
     ) -> Iterator[tuple[str, int]]:
         try:
             status = os.stat(folder)
@@ -207,18 +229,25 @@ class FileBackend:
                 return  # a symbolic link to a folder that holds it
             with os.scandir(folder) as scan:
                 entries = [
-                    (entry.name, entry.is_dir(), entry) for entry in scan if not is_temporary(entry.name)
+                    (entry.name, _is_folder(entry), entry) for entry in scan if not is_temporary(entry.name)
                 ]
         except FileNotFoundError:
             return  # removed meanwhile
+        except OSError as error:
+            if others is None or not prefix:
+                raise
+            others(prefix, f"cannot be read: {error.strerror}")
+            return
         # A folder sorts as "name/", which makes the whole walk sorted by full path, as S3 lists.
         for name, is_folder, entry in sorted(entries, key=lambda item: item[0] + "/" * item[1]):
             if is_folder:
-                yield from self._walk(folder / name, f"{prefix}{name}/", (*above, here))
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file():
-                        yield f"{prefix}{name}", entry.stat().st_size
+                yield from self._walk(folder / name, f"{prefix}{name}/", (*above, here), others)
+                continue
+            size = _size(entry)
+            if size is not None:
+                yield f"{prefix}{name}", size
+            elif others is not None and os.path.lexists(folder / name):
+                others(f"{prefix}{name}", "a link to nothing" if entry.is_symlink() else "not a regular file")
 
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:
         data = self._again(lambda: self._read(path, offset, length))
@@ -228,9 +257,13 @@ class FileBackend:
 
     def _read(self, path: str, offset: int, length: int | None) -> bytes:
         with self._named(path):
-            descriptor = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without waiting for who might write into a pipe that a list names as if it were a file.
+            descriptor = os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                end = os.fstat(descriptor).st_size if length is None else offset + length
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "is not a file")
+                end = status.st_size if length is None else offset + length
                 parts = []
                 while offset < end:
                     part = os.pread(descriptor, end - offset, offset)  # at most 2 GiB at a time

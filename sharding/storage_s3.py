@@ -29,7 +29,8 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from sharding.errors import BadData, StorageFault, UserError
+from sharding.errors import BadData, StorageFault, UnreadableObject, UserError
+from sharding.names import escape_name
 
 if TYPE_CHECKING:
     from sharding.storage import FileState, StorageConfig
@@ -59,7 +60,10 @@ _WRONG_KEY = {
     "ExpiredToken": "the credentials have expired",
     "InvalidToken": "the session token is not valid",
 }
-_DENIED = {"AccessDenied", "403", "AllAccessDisabled", "AccountProblem", "InvalidPayer", "InvalidObjectState"}
+_DENIED = {"AccessDenied", "403", "AllAccessDisabled", "AccountProblem", "InvalidPayer"}
+_NO_KEY = {
+    "KeyTooLongError", "InvalidURI", "InvalidBucketName", "XMinioInvalidObjectName", "XMinioInvalidResourceName",
+}  # fmt: skip
 _WRONG_REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "BadDigest",
@@ -193,10 +197,16 @@ class S3Backend:
     def state(self, path: str) -> FileState:
         from sharding.storage import FileState
 
-        head = self._call("head_object", path, Key=self._key(path))
+        try:
+            head = self._retry(lambda: self._once("head_object", Key=self._key(path)), path, of_object=True)
+        except UnreadableObject:
+            self.read(path, 0, 1, None)  # a refused HEAD has no body that would say why
+            raise
         return FileState(int(head["ContentLength"]), str(head.get("ETag", "")))
 
-    def iterate(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def iterate(
+        self, prefix: str, others: Callable[[str, str], None] | None = None
+    ) -> Iterator[tuple[str, int]]:
         """One request where all fits into a page, however many folders there are; else folder by folder."""
         folder, skip = self._folder(prefix), len(self._folder(""))
         page = self._call("list_objects_v2", folder[skip:], Prefix=folder, MaxKeys=_PAGE)
@@ -267,11 +277,13 @@ class S3Backend:
 
         for last in (False, True):
             try:
-                self._retry(rest, path)
+                self._retry(rest, path, of_object=True)
                 break
             except FileExistsError:  # another version than the one begun with
                 if version is not None or last:
-                    raise StorageFault(f"{self.url_of(path)} was replaced while it was read") from None
+                    raise StorageFault(
+                        f"{escape_name(self.url_of(path))} was replaced while it was read"
+                    ) from None
                 data.clear()  # whoever asked for no version gets the new one, from its start
                 seen = None
         return bytes(data)
@@ -395,9 +407,14 @@ class S3Backend:
     def _once(self, operation: str, **request: Any) -> Any:
         return _client(self._config).call_s3(operation, Bucket=self._bucket, **request)
 
-    def _retry(self, call: Callable[[], _T], path: str, attempts: int | None = None) -> _T:
+    def _retry(
+        self, call: Callable[[], _T], path: str, attempts: int | None = None, *, of_object: bool = False
+    ) -> _T:
         """Call until it works, a fault is no transient one, or the tries are used up; with growing, uneven
         pauses.
+
+        Args:
+            of_object: an object is read, so that a refusal is of this one alone until others are refused too.
         """
         attempts = attempts or self._config.attempts
         for attempt in range(1, attempts + 1):
@@ -407,11 +424,16 @@ class S3Backend:
                 failure = _understand(error)
                 reason = self._hide(getattr(error, "strerror", None) or str(error) or type(error).__name__)
                 if not failure.transient:
-                    raise self._translate(failure, path, reason) from None
+                    refused = self._refused(failure, path, reason) if of_object else None
+                    raise refused or self._translate(failure, path, reason) from None
                 if attempt == attempts:
                     if isinstance(error, aws.FlexibleChecksumError):
-                        raise BadData("checksum-mismatch", f"{self.url_of(path)}: {reason}") from None
-                    fault = StorageFault(f"{self.url_of(path)}: given up after {attempts} tries: {reason}")
+                        raise BadData(
+                            "checksum-mismatch", f"{escape_name(self.url_of(path))}: {reason}"
+                        ) from None
+                    fault = StorageFault(
+                        f"{escape_name(self.url_of(path))}: given up after {attempts} tries: {reason}"
+                    )
                     raise fault from None
                 _log.warning("%s: try %d of %d failed (%s)", self.url_of(path), attempt, attempts, reason)
                 wait = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
@@ -419,8 +441,43 @@ class S3Backend:
                 time.sleep(wait * random.Random().uniform(0.5, 1))
         raise AssertionError("unreachable")
 
+    def _refused(self, failure: _Failure, path: str, reason: str) -> UnreadableObject | None:
+        """What a failed request says of the one object; None where it is of the store, or the object is missing."""
+        url, code, place = escape_name(self.url_of(path)), failure.code, _endpoint(self._config) or "S3"
+        status = failure.status or 0
+        odd = any(part in ("", ".", "..") for part in self._key(path).split("/"))
+        if code == "InvalidObjectState":
+            return UnreadableObject(f"{url}: archived: it must be restored before it can be read", "archived")
+        if code in _DENIED:
+            detail = f"{url}: access denied by {place}: check the credentials and their permissions"
+            return UnreadableObject(detail, "access-denied")
+        if code is not None and (code.startswith("KMS.") or "encrypt" in reason.lower()):
+            return UnreadableObject(f"{url}: cannot be decrypted: {code}: {reason}", "encrypted")
+        if code == "SignatureDoesNotMatch" and odd:
+            detail = f"{url}: {place} does not take keys with empty, '.' or '..' parts between their slashes"
+            return UnreadableObject(detail, "bad-address")
+        if code in _NO_KEY or isinstance(failure.error, aws.ParamValidationError):
+            return UnreadableObject(
+                f"{url}: not a valid name for a bucket or file ({reason[:100]})", "bad-address"
+            )
+        if code == "NoSuchBucket":
+            return UnreadableObject(
+                f"{url}: bucket {self._bucket!r} does not exist at {place}", "no-such-bucket"
+            )
+        if code in _WRONG_REGION:
+            detail = f"{url}: bucket {self._bucket!r} is in another region: set region ({reason})"
+            return UnreadableObject(detail, "wrong-region")
+        known = (
+            code in _WRONG_KEY
+            or code in _NO_SUCH_FILE
+            or code in ("PreconditionFailed", "412", "InvalidRange")
+        )
+        if not known and (400 <= status < 500 or status == 501):
+            return UnreadableObject(f"{url}: {code}: {reason}", "unreadable-file")
+        return None
+
     def _translate(self, failure: _Failure, path: str, reason: str) -> BaseException:
-        url, code, error = self.url_of(path), failure.code, failure.error
+        url, code, error = escape_name(self.url_of(path)), failure.code, failure.error
         place = _endpoint(self._config) or "S3"
         if code == "NoSuchBucket":
             return UserError(f"{url}: bucket {self._bucket!r} does not exist at {place}")

@@ -9,12 +9,15 @@ last part of the extension says what a member is, whatever its case::
     dog.json            key dog           extension json       JSON
     __meta__/a.txt                        of the tar, not of a sample
     README              no extension: of no sample
+    ._dog.jpg           hidden (sharding.names): of no sample
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+
+from sharding.names import HIDDEN, Skipped, hidden
 
 #: Last parts of the extensions of text members.
 TEXT_EXTENSIONS = ("txt", "text", "cap", "caption", "captions")
@@ -34,9 +37,18 @@ def is_of_tar(name: str) -> bool:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a member; None where it belongs to no sample."""
-    found = None if is_of_tar(name) else _NAME.fullmatch(clean_name(name))
+    """(key, extension in lower case) of a member; None where it belongs to no sample, as hidden ones do."""
+    aside = is_of_tar(name) or hidden(clean_name(name))
+    found = None if aside else _NAME.fullmatch(clean_name(name))
     return None if found is None else (found[1], found[2].lower())
+
+
+def count_aside(name: str, skipped: Skipped) -> None:
+    """Count a member that belongs to no sample."""
+    if hidden(clean_name(name)):
+        skipped.add(HIDDEN)
+    else:
+        skipped.add_file(name)
 
 
 def last_part(extension: str) -> str:

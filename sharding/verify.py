@@ -30,6 +30,7 @@ from sharding.index import load_index
 from sharding.keys import KeyedShard, repeated_keys
 from sharding.manifest import MANIFEST_PATH, OVERLAY_FOLDER, Manifest, Modality, ShardRecord
 from sharding.media import decode_image, decode_video
+from sharding.names import escape_name, hidden
 from sharding.overlay import Dropped
 from sharding.storage import Storage
 from sharding.tarwalk import BLOCK, TarWalk
@@ -132,7 +133,7 @@ def verify(
         if progress is not None:
             progress(report)
     for repeated in repeated_keys(keyed, limit=FAULTS_OF_A_SHARD):
-        files = " and ".join(dict.fromkeys(shard.record.tar for shard in repeated.shards))
+        files = " and ".join(dict.fromkeys(f"{shard.record.name}.tar" for shard in repeated.shards))
         result.faults.append(
             Fault("duplicate-key", files, "a key must be unique in its dataset", repeated.key)
         )
@@ -178,7 +179,7 @@ def verify_shard(dataset: Storage, record: ShardRecord, modality: Modality, deco
             else:
                 _walk(file, dataset, record, index, report, modality if decode else None)
     except FileNotFoundError:
-        report.add(Fault("missing-shard", record.tar, "does not exist, but the manifest names it"))
+        report.add(Fault("missing-shard", f"{record.name}.tar", "does not exist, but the manifest names it"))
     return report
 
 
@@ -246,7 +247,7 @@ class _Checker:
         return f"{self._keys[part.row]}.{extension}"
 
     def fault(self, part: _Part, cause: str, detail: str, offset: int) -> None:
-        self._report.add(Fault(cause, self._record.tar, detail, self._keys[part.row], offset))
+        self._report.add(Fault(cause, f"{self._record.name}.tar", detail, self._keys[part.row], offset))
 
     def member(self, part: _Part, xxh3: int, data: bytes) -> None:
         """Check a member by its checksum, and its content (``data``: empty for media that are not decoded)."""
@@ -333,7 +334,7 @@ class _Layout:
             )
 
     def _fault(self, cause: str, detail: str, offset: int | None) -> None:
-        self._report.add(Fault(cause, self._record.tar, detail, offset=offset))
+        self._report.add(Fault(cause, f"{self._record.name}.tar", detail, offset=offset))
 
     def _check_members(self) -> None:
         for part in self._parts:
@@ -443,7 +444,7 @@ def _walk(
             if last.get(part.row) == part:
                 checker.captions(part)
     except BadData as error:
-        report.add(Fault(error.cause, record.tar, error.detail, offset=walk.size))
+        report.add(Fault(error.cause, f"{record.name}.tar", error.detail, offset=walk.size))
         walk.drain()
     report.bytes = walk.size
     if checker is not None:
@@ -453,10 +454,10 @@ def _walk(
             )
     if walk.size != record.bytes:
         detail = f"has {walk.size} bytes, {record.bytes} in the manifest"
-        report.add(Fault("size-mismatch", record.tar, detail, offset=min(walk.size, record.bytes)))
+        report.add(Fault("size-mismatch", f"{record.name}.tar", detail, offset=min(walk.size, record.bytes)))
     elif walk.sha256 != record.sha256 and len(report.faults) + report.more == before:
         detail = f"{walk.sha256}, {record.sha256} in the manifest: changed where the index names nothing"
-        report.add(Fault("sha256-mismatch", record.tar, detail))
+        report.add(Fault("sha256-mismatch", f"{record.name}.tar", detail))
 
 
 def _overlay_faults(dataset: Storage, manifest: Manifest) -> list[Fault]:
@@ -476,10 +477,14 @@ def _check_folder(dataset: Storage, manifest: Manifest, result: Verification) ->
         folder = file.path.partition("/")[0]
         if file.path in known or folder in ("plan", "commits", "index", OVERLAY_FOLDER):
             continue
+        if hidden(file.path):
+            continue
         if file.path.endswith(".tar"):
-            result.faults.append(Fault("extra-shard", file.path, "the manifest does not name it"))
+            result.faults.append(
+                Fault("extra-shard", escape_name(file.path), "the manifest does not name it")
+            )
         elif len(result.extra) < FAULTS_OF_A_SHARD:
-            result.extra.append(file.path)
+            result.extra.append(escape_name(file.path))
 
 
 def _rounded(position: int) -> int:

@@ -3,6 +3,7 @@
 pytest_plugins = [
     "tests.fixtures.s3",
     "tests.fixtures.faulty_s3",
+    "tests.fixtures.exact_s3",
     "tests.fixtures.ray_cluster",
     "tests.fixtures.corpora",
     "tests.fixtures.jobs",

@@ -9,9 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.demo.emoji import Emoji
+from pipeline.yaml_reader import parse_yaml
 from sharding.scenes.colors import NAMES
 
 _LISTS = Path(__file__).with_suffix(".yaml")
@@ -26,7 +25,7 @@ _LONGEST_NAME = 3  # words
 
 @cache
 def _lists() -> dict[str, Any]:
-    lists: dict[str, Any] = yaml.safe_load(_LISTS.read_text("utf-8"))
+    lists: dict[str, Any] = parse_yaml(_LISTS.read_text("utf-8"), _LISTS.name)
     return lists
 
 

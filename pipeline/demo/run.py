@@ -16,6 +16,7 @@ from pipeline.job import run_job
 from pipeline.progress import show_progress
 from pipeline.scenes.command import BUNDLED, write_scenes
 from pipeline.scenes.request import Request
+from pipeline.yaml_reader import parse_yaml
 from sharding.scenes.config import SceneRules
 from sharding.storage import Storage, open_storage
 
@@ -93,7 +94,7 @@ def _upload(raw: Storage, corpus: Path, path: Path) -> None:
 def _job_text(folder: Path, storage_url: str | None) -> str:
     """demo.yaml with this run's addresses in place of its own."""
     text = resources.files("pipeline.demo").joinpath("demo.yaml").read_text(encoding="utf-8")
-    tree: dict[str, Any] = yaml.safe_load(text)
+    tree: dict[str, Any] = parse_yaml(text, "demo.yaml")
     url = storage_url or (folder / "storage").as_uri()
     before = tree["storage"]["url"]
     tree["storage"]["url"] = url

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.training.config import AugmentationBlock, Course, Recipe, ScheduleBlock, Stage
+from pipeline.training.config import LARGEST_BATCH, AugmentationBlock, Course, Recipe, ScheduleBlock, Stage
 from sharding.order import steps_per_epoch
 
 #: Names the one stage of a fine-tuning, and its data.
@@ -83,7 +83,7 @@ class VQAFineTuning(FineTuning):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     head_multiplier: Annotated[float, Field(gt=0)] = 50.0
     fusion_multiplier: Annotated[float, Field(gt=0)] = 10.0
-    global_batch: Annotated[int, Field(gt=1)] = 512
+    global_batch: Annotated[int, Field(gt=1, le=LARGEST_BATCH)] = 512
 
 
 class NLVR2FineTuning(FineTuning):
@@ -95,7 +95,7 @@ class NLVR2FineTuning(FineTuning):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     head_multiplier: Annotated[float, Field(gt=0)] = 10.0
     fusion_multiplier: Annotated[float, Field(gt=0)] = 10.0
-    global_batch: Annotated[int, Field(gt=1)] = 256
+    global_batch: Annotated[int, Field(gt=1, le=LARGEST_BATCH)] = 256
     resolution: Annotated[int, Field(gt=0)] = 288
 
 
@@ -125,7 +125,7 @@ class RetrievalFineTuning(FineTuning):
     negatives: Annotated[int, Field(ge=1)] = 15
     itc_weight: Annotated[float, Field(ge=0)] = 0.5
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    global_batch: Annotated[int, Field(gt=1)] = 512
+    global_batch: Annotated[int, Field(gt=1, le=LARGEST_BATCH)] = 512
 
     @model_validator(mode="before")
     @classmethod

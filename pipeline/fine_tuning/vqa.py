@@ -11,7 +11,12 @@ import torch
 
 from model import GLSCLForVisualQuestionAnswering
 from pipeline.evaluation.tasks.pictures import ImageReader
-from pipeline.evaluation.tasks.vqa.answers import frequent_answers, read_answers, soft_scores
+from pipeline.evaluation.tasks.vqa.answers import (
+    ANNOTATORS_OF_THE_METRIC,
+    frequent_answers,
+    read_answers,
+    soft_scores,
+)
 from pipeline.evaluation.tasks.vqa.config import VQATask
 from pipeline.evaluation.tasks.vqa.data import Question, load_questions
 from pipeline.fine_tuning.examples import Example, ExampleDataset, ExampleTable, FineTuningBatch
@@ -41,10 +46,32 @@ def open_training(task: VQATask, material: Material) -> VQATraining:
         answers = frequent_answers((question for split in splits for question in split), task.answers)
     table = ExampleTable(question_examples(splits, answers))
     if not len(table):
-        raise UserError(f"evaluation task {task.name!r}: no answer of 'train' is in the vocabulary")
+        raise UserError(_without_answers(task, splits, answers))
     asked = sum(map(len, splits))
     logger.info("%s: %d answers, %d of %d questions have one", task.name, len(answers), len(table), asked)
+    few = sum(
+        len(question.answers or ()) < ANNOTATORS_OF_THE_METRIC for split in splits for question in split
+    )
+    if few:
+        logger.info(
+            "%s: %d questions have fewer than %d annotators: an answer of theirs is as right as the share that gave it",
+            task.name,
+            few,
+            ANNOTATORS_OF_THE_METRIC,
+        )
     return VQATraining(table, answers, material.storage)
+
+
+def _without_answers(task: VQATask, splits: Sequence[Sequence[Question]], answers: Sequence[str]) -> str:
+    """Why no question is left, by the first of them."""
+    place, question = next((place, split[0]) for place, split in enumerate(splits) if split)
+    said = ", ".join(sorted({repr(answer) for answer in question.answers or ()})[:3])
+    known = ", ".join(map(repr, answers[:3]))
+    return (
+        f"evaluation task {task.name!r}: no answer of 'train' is in the vocabulary of {len(answers)} answers "
+        f"({known}, ...; they are normal forms); e.g. train.{place}, question {question.question_id}: its annotators "
+        f"said {said}"
+    )
 
 
 def question_examples(splits: Sequence[Sequence[Question]], answers: Sequence[str]) -> Iterator[Example]:

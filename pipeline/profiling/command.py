@@ -19,6 +19,7 @@ from pipeline.profiling.phases import phase_table, phases_of
 from pipeline.profiling.worker import WARM_UP, ProfileRequest, profile_worker
 from pipeline.runs import run_path
 from pipeline.scratch import check_scratch
+from pipeline.tokenizer import check_tokenizer
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.loop import TrainingPlan
 from pipeline.training.pretraining import PretrainingSubject
@@ -35,6 +36,7 @@ def profile(job: JobConfig, console: Console, *, steps: int, out: Path) -> None:
         UserError: a dataset is not prepared yet; ``out`` cannot be written.
     """
     check_scratch()
+    check_tokenizer(job, fetch=True)
     storage = open_storage(job.storage)
     storage.check(write=True)
     found, _ = datasets(job, storage)

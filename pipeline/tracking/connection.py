@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.redaction import hide, hide_variables, redact
 from pipeline.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ def connect(config: TrackingConfig) -> MlflowClient:
     Nothing is sent yet: a server that is away shows at the first request, which fails within
     ``request_timeout_s`` and one retry (MLflow's own defaults would hold a thread for many minutes).
     """
+    config = config.resolved(Path.cwd())
+    config.apply_variables()
+    uri = config.uri
+    assert uri is not None
+    hide(uri)
+    hide_variables(os.environ)
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_CONFIGURE_LOGGING": "false",
@@ -39,11 +46,11 @@ def connect(config: TrackingConfig) -> MlflowClient:
 
     from mlflow import MlflowClient
 
-    uri = config.resolved(Path.cwd()).uri
-    assert uri is not None
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
+    if config.database is not None:
+        config.database.parent.mkdir(parents=True, exist_ok=True)
+    # Models are registered where the runs are, whatever MLFLOW_REGISTRY_URI says; of Databricks it names the catalog.
+    registry = None if uri.startswith("databricks") else uri
+    return MlflowClient(tracking_uri=uri, registry_uri=registry)
 
 
 def is_permanent(error: BaseException) -> bool:
@@ -58,11 +65,9 @@ def is_missing(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The cause in one short line; MLflow's messages hold whole HTTP bodies and chains of retries."""
-    from pipeline.tracking.config import without_credentials
-
     text = " ".join(str(error).split())
     for marker in ("Connection refused", "timed out", "Name or service not known", "Connection reset"):
         if marker in text:
             text = marker
             break
-    return without_credentials(f"{type(error).__name__}: {text[:200]}")
+    return redact(f"{type(error).__name__}: {text}")[:200]

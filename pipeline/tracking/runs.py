@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-from pipeline.tracking.config import TrackingConfig, without_credentials
+from pipeline.redaction import without_credentials
+from pipeline.tracking.config import TrackingConfig
 from pipeline.tracking.connection import connect, is_missing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 log = logging.getLogger("pipeline.tracking")
 
@@ -65,6 +66,7 @@ def open_run(
     Raises:
         Exception: whatever MLflow raises when it cannot be reached or refuses; :class:`Tracker` retries.
     """
+    config = config.resolved(Path.cwd())
     client = connect(config)
     experiment_id = _experiment(client, config)
     run = _find(client, experiment_id, key, existing_run_id)
@@ -101,7 +103,7 @@ def _tell_of_move(run: Run, tags: Mapping[str, str]) -> None:
 
 def find_run(client: MlflowClient, config: TrackingConfig, key: str) -> str | None:
     """The id of the run of ``key``, or nothing while the driver has not made it; used by the workers."""
-    experiment = client.get_experiment_by_name(config.experiment)
+    experiment = _known_experiment(client, config)
     if experiment is None:
         return None
     run = _find(client, experiment.experiment_id, key, None)
@@ -128,20 +130,26 @@ def _find(client: MlflowClient, experiment_id: str, key: str, run_id: str | None
     return found[0] if found else None
 
 
+def _known_experiment(client: MlflowClient, config: TrackingConfig) -> Experiment | None:
+    if config.experiment_id is not None:
+        return client.get_experiment(config.experiment_id)  # one that is not there is an error
+    return client.get_experiment_by_name(config.experiment)
+
+
 def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(config.experiment)
+    experiment = _known_experiment(client, config)
     if experiment is None:
+        name = config.experiment
+        assert name is not None  # of an id there is one, or an error
         # An embedded store would put artifacts into ./mlruns of whichever process made the experiment.
-        location = None
-        if config.embedded:
-            database = str(config.resolved(Path.cwd()).uri).removeprefix("sqlite:///")
-            location = (Path(database).parent / "mlartifacts" / config.experiment).as_uri()
+        database = config.database
+        location = None if database is None else (database.parent / "mlartifacts" / name).as_uri()
         try:
-            return str(client.create_experiment(config.experiment, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
-            experiment = client.get_experiment_by_name(config.experiment)  # another run was quicker
+            experiment = client.get_experiment_by_name(name)  # another run was quicker
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":

@@ -9,18 +9,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.training.deepspeed_block import check_block
+from pipeline.training.deepspeed_block import check_block, with_whole_numbers
 from sharding.order import LARGEST_WINDOW
 
 ObjectiveName = Literal["itc", "itm", "mlm", "mgsc", "mltc"]
 
 #: Weights of the pre-training loss (GLSCL, section 3; MLTC: 0.2 for each modality).
 PAPER_OBJECTIVES: dict[ObjectiveName, float] = {"itc": 0.5, "itm": 1.0, "mlm": 1.0, "mgsc": 1.0, "mltc": 0.2}
+
+#: Samples of a batch: what larger ones could be divided by takes long to say.
+LARGEST_BATCH = 2**31
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -63,7 +67,7 @@ class Stage(Block):
     frames: Annotated[int, Field(ge=1)] = Field(
         default=4, description="frames drawn from a clip (images have one)"
     )
-    global_batch: Annotated[int, Field(gt=0)] | None = Field(
+    global_batch: Annotated[int, Field(gt=0, le=LARGEST_BATCH)] | None = Field(
         default=None, description="default: train.global_batch"
     )
     accumulation: Annotated[int, Field(ge=1)] | None = Field(
@@ -97,13 +101,15 @@ class Recipe(Block):
     PLACE: ClassVar[str] = "train"
 
     workers: Annotated[int, Field(ge=1)] = 1
-    global_batch: Annotated[int, Field(gt=1)] = Field(
+    global_batch: Annotated[int, Field(gt=1, le=LARGEST_BATCH)] = Field(
         default=4096, description="samples of one optimizer step"
     )
     accumulation: Annotated[int, Field(ge=1)] = Field(
         default=1, description="contrastive batches of one global batch"
     )
-    lanes: Annotated[int, Field(ge=1)] = Field(default=64, description="see 'Sample order' in the README")
+    lanes: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = Field(
+        default=64, description="see 'Sample order' in the README"
+    )
     shuffle_window: Annotated[int, Field(ge=1, le=LARGEST_WINDOW)] = Field(
         default=16384, description="samples shuffled among each other"
     )
@@ -135,6 +141,12 @@ class Recipe(Block):
         default=3, description="restarts after workers' deaths in a row, without a checkpoint in between"
     )
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _whole_numbers(cls, block: dict[str, Any]) -> dict[str, Any]:
+        whole: dict[str, Any] = with_whole_numbers(block)
+        return whole
 
     @property
     def zero_stage(self) -> int:
@@ -288,4 +300,5 @@ class CheckpointBlock(Block):
 
 def divisors(number: int) -> list[int]:
     """All divisors of ``number``, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]

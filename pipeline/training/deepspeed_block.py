@@ -134,8 +134,53 @@ PASSED: dict[str, frozenset[str] | None] = {
     ),
 }
 
+#: What DeepSpeed takes as it stands, without a look at its type; the rest is checked by its own models.
+_SWITCHES = frozenset(
+    {
+        *(
+            "prescale_gradients",
+            "disable_allgather",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+        ),
+        *("disable_python_gc", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+        *("flops_profiler.enabled", "flops_profiler.detailed", "timers.throughput.enabled"),
+        *("timers.throughput.synchronized", "aio.single_submit", "aio.overlap_events", "aio.use_gds"),
+    }
+)
+_WHOLE_NUMBERS = frozenset(
+    {
+        *(
+            "steps_per_print",
+            "vocabulary_size",
+            "aio.block_size",
+            "aio.queue_depth",
+            "aio.intra_op_parallelism",
+        ),
+        *("flops_profiler.profile_step", "flops_profiler.module_depth", "flops_profiler.top_modules"),
+    }
+)
+_NUMBERS = frozenset({"gradient_predivide_factor", "flops_profiler.recompute_fwd_factor"})
+_TEXTS = frozenset(
+    {
+        *("communication_data_type", "log_level", "flops_profiler.output_file"),
+        *("data_types.grad_accum_dtype", "data_types.param_dtype", "data_types.buffer_dtype"),
+    }
+)
+_LISTS = frozenset({"torch_autocast.lower_precision_safe_modules"})
+
 #: Blocks that act under one precision alone.
 _PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "torch_autocast": "bf16-autocast"}
+
+
+def with_whole_numbers(block: Any) -> Any:
+    """The block with its whole numbers as such: ``5e8``, which YAML reads as a float, counts bytes and elements."""
+    if isinstance(block, Mapping):
+        return {name: with_whole_numbers(value) for name, value in block.items()}
+    if isinstance(block, list | tuple):
+        return [with_whole_numbers(value) for value in block]
+    return int(block) if isinstance(block, float) and block.is_integer() else block
 
 
 def check_block(block: Mapping[str, Any], precision: str, place: str) -> None:
@@ -161,6 +206,11 @@ def check_block(block: Mapping[str, Any], precision: str, place: str) -> None:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{place}.deepspeed.zero_optimization.stage: got {stage}; must be 0, 1, 2 or 3")
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if not isinstance(zero.get(name) or {}, Mapping):
+            raise ValueError(
+                f"{place}.deepspeed.zero_optimization.{name}: got {zero[name]!r}; must be a block of keys "
+                "({device: cpu})"
+            )
         if offload_device(block, name) != "none" and stage < least:
             raise ValueError(
                 f"{place}.deepspeed.zero_optimization.{name} needs stage {least}{' or more' if least < 3 else ''}; "
@@ -229,9 +279,23 @@ def _check_name(name: str, value: Any, field: str, place: str) -> None:
         raise ValueError(f"{field}: DeepSpeed knows no such key{_nearest(block, known)}")
     if not key and block in _BLOCKS and not isinstance(value, Mapping):
         raise ValueError(f"{field}: got {value!r}; must be a block of keys")
+    _check_type(name, value, field)
     inner = PASSED[block]
     if key and inner is not None and key.partition(".")[0] not in inner:
         raise ValueError(f"{field}: DeepSpeed knows no such key{_nearest(key, inner)}")
+
+
+def _check_type(name: str, value: Any, field: str) -> None:
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    for names, fits, what in (
+        (_SWITCHES, isinstance(value, bool), "true or false, without quotes"),
+        (_WHOLE_NUMBERS, number and isinstance(value, int), "a whole number, without quotes"),
+        (_NUMBERS, number, "a number, without quotes"),
+        (_TEXTS, isinstance(value, str), "text"),
+        (_LISTS, isinstance(value, list), "a list of texts"),
+    ):
+        if name in names and not fits:
+            raise ValueError(f"{field}: got {value!r}; must be {what}")
 
 
 _BLOCKS = frozenset(
@@ -256,13 +320,26 @@ def _check_values(block: Mapping[str, Any], precision: str, place: str) -> None:
             continue
         if name in _PRECISIONS:
             values = {"enabled": precision == name, **values}
+        field = f"{place}.deepspeed.{name}"
         try:
-            model(**values)
+            taken = model(**values)
         except ValidationError as error:
-            raise ValueError(_explain(error, f"{place}.deepspeed.{name}", model)) from None
-        except AssertionError as error:
-            raise ValueError(f"{place}.deepspeed.{name}: {error}") from None
+            raise ValueError(_explain(error, field, model)) from None
+        except (AssertionError, TypeError, AttributeError) as error:  # of its own validators
+            raise ValueError(f"{field}: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
+        _refuse_switches_as_numbers(values, taken, field)
     _check_whole(block, place)
+
+
+def _refuse_switches_as_numbers(values: Mapping[str, Any], taken: Any, field: str) -> None:
+    """``reduce_bucket_size: true`` would be a bucket of one element: pydantic takes true for 1."""
+    aliases = {one.alias: name for name, one in type(taken).model_fields.items() if one.alias}
+    for name, value in values.items():
+        made = getattr(taken, aliases.get(name, name), None)
+        if isinstance(value, bool) and not isinstance(made, bool) and isinstance(made, int | float):
+            raise ValueError(f"{field}.{name}: got {str(value).lower()}; must be a number")
+        if isinstance(value, Mapping) and hasattr(type(made), "model_fields"):
+            _refuse_switches_as_numbers(value, made, f"{field}.{name}")
 
 
 def _models() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -51,7 +52,7 @@ class Characters:
 
     def objection(self, caption: str) -> str | None:
         limits, written = self.limits, caption.replace(" ", "")
-        letters = sum(character.isalpha() for character in written)
+        letters = sum(map(_is_letter, written))
         if limits.min_letters is not None and letters < limits.min_letters * len(written):
             return "caption-characters"
         foreign = sum(not character.isascii() for character in written)
@@ -67,3 +68,8 @@ class Characters:
             if len(found) - len(set(found)) > limits.max_repeated_words * len(found):
                 return "caption-repetitive"
         return None
+
+
+def _is_letter(character: str) -> bool:
+    """Vowel signs, tones and accents are part of a letter: half of a text in Burmese or Hindi is such marks."""
+    return character.isalpha() or (not character.isascii() and unicodedata.category(character)[0] == "M")

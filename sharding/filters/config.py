@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 from sharding.storage import normalise_url
 
 Level = Literal["caption", "header", "stored", "scored", "corpus"]
@@ -36,9 +37,14 @@ LEVELS_OF_CUSTOM = ("caption", "header", "stored")
 
 _CUSTOM_CAUSE = "custom-"
 
+#: Of a copy whose first caption, or number of captions, no equal sample before it has.
+OTHER_CAPTION = "duplicate-other-caption"
+
 # Causes of the choices that other blocks of a dataset make (``max_source_mb``, ``max_pixels``, ``max_mb``, ``opt_out``,
-# ``robots``).
-_OTHER_CHOICES = ("clip-too-large", "opted-out", "robots-txt", "too-many-bytes", "too-many-pixels")
+# ``robots``; a dataset of clips takes no stills).
+_OTHER_CHOICES = (
+    "clip-too-large", "opted-out", "robots-txt", "still-image", "too-many-bytes", "too-many-pixels",
+)  # fmt: skip
 
 
 class FilterBlock(BaseModel):
@@ -186,8 +192,8 @@ class CaptionFilter(FilterBlock):
     """Length and characters of each caption. A caption that fails is left out; a sample without captions left is
     dropped. Shares are of the characters that are no spaces, or of the words.
 
-    ``min_letters`` counts the letters of any alphabet; ``max_repeated_characters`` those equal to the one before
-    ("!!!!!"), ``max_repeated_words`` the words that the caption had before ("buy buy buy").
+    ``min_letters`` counts the letters of any alphabet, with their marks; ``max_repeated_characters`` those equal to the
+    one before ("!!!!!"), ``max_repeated_words`` the words that the caption had before ("buy buy buy").
     """
 
     level: ClassVar[Level] = "caption"
@@ -255,7 +261,7 @@ class BlockedWordsFilter(FilterBlock):
 
     kind: Literal["blocked_words"]
     words: list[str] = Field(default_factory=list)
-    path: str | None = Field(
+    path: GivenPath | None = Field(
         default=None, description="path, file:// or s3:// url; a relative path is that of the command"
     )
     what: Literal["caption", "sample"] = Field(
@@ -279,10 +285,13 @@ class BlockedWordsFilter(FilterBlock):
 class DuplicatesFilter(FilterBlock):
     """Media equal to those of an earlier sample: equal files (``bytes``), or equal pixels as they are stored
     (``pixels``: other file formats and metadata do not matter). The first in input order stays.
+
+    Captions do not matter, but what is dropped with a caption that no equal sample before it has counts apart
+    (``duplicate-other-caption``): a corpus with a row for each caption loses them so, and wants ``group_by``.
     """
 
     level: ClassVar[Level] = "corpus"
-    causes: ClassVar[tuple[str, ...]] = ("duplicate", "duplicate-pixels")
+    causes: ClassVar[tuple[str, ...]] = ("duplicate", "duplicate-pixels", OTHER_CAPTION)
 
     kind: Literal["duplicates"]
     by: Literal["bytes", "pixels"] = "bytes"
@@ -316,7 +325,7 @@ class ScoreFilter(FilterBlock):
 
     kind: Literal["score"]
     scorer: str = Field(default="itc", description="name of the scorer; itc: similarity by a GLSCL model")
-    model: str | None = Field(default=None, description="what the scorer loads: an address")
+    model: GivenPath | None = Field(default=None, description="what the scorer loads: an address")
     weights: str | None = Field(default=None, description="digest of what the scorer loads")
     min: float | None = Field(default=None, allow_inf_nan=False)
     max: float | None = Field(default=None, allow_inf_nan=False)
@@ -372,22 +381,29 @@ class CustomFilter(FilterBlock):
         return self
 
 
+#: Variable with the folder that the command was called in, for processes that run in others.
+COMMAND_FOLDER = "GLSCL_FOLDER"
+
+
 def load_class(path: str) -> type:
-    """The filter class at a dotted path.
+    """The filter class at a dotted path: of a module that is installed, or lies in the command's folder.
 
     Raises:
         UserError: it cannot be imported, or is none; names the path and what is wrong.
     """
     module, _, name = path.rpartition(".")
-    here = os.getcwd()
-    if here not in sys.path:  # the command's own folder is first on the path, not the one it is called in
+    # Last on the path: nothing else is to be imported from there. Workers may run in another folder than the command.
+    here = os.environ.get(COMMAND_FOLDER) or os.getcwd()
+    if here not in sys.path:
         sys.path.append(here)
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        imported = importlib.import_module(module)
+        found = getattr(imported, name, None)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(f"filter {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
-        raise UserError(f"filter {path}: {module} has no class {name}")
+        where = getattr(imported, "__file__", None) or "part of Python"
+        raise UserError(f"filter {path}: {module} has no class {name} ({where})")
     if getattr(found, "level", None) not in LEVELS_OF_CUSTOM or not callable(getattr(found, "keeps", None)):
         raise UserError(
             f"filter {path}: the class needs level = {' | '.join(LEVELS_OF_CUSTOM)} and a method keeps"
@@ -417,7 +433,7 @@ CorpusFilter = DuplicatesFilter | NearDuplicatesFilter
 
 
 def corpus_cause(block: CorpusFilter) -> str:
-    """The one cause of a filter over the whole corpus."""
+    """The cause of a filter over the whole corpus (of exact copies with other captions: ``OTHER_CAPTION``)."""
     if isinstance(block, NearDuplicatesFilter):
         return "near-duplicate"
     return "duplicate" if block.by == "bytes" else "duplicate-pixels"

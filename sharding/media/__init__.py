@@ -10,7 +10,13 @@ The same input gives the same output bytes: one encoder thread, no time stamps.
 ``untrusted``       the limits, and what decoders raise, as ``BadData``
 ``images``          probing, decoding, encoding of images
 ``colour``          any colour mode to 8-bit sRGB
-``video``           reading clips: their containers, packets, frames
+``hdr``             HDR and wide-gamut colours to sRGB
+``containers``      the containers of clips: their video stream, and whether bytes are missing
+``stills``          opening an image of any format; ``png`` and ``gif`` read theirs themselves
+``formats``         formats by their first bytes
+``single_frame``    telling still images from clips
+``picture``         a decoded frame as a player shows it
+``video``           reading clips: which frames are shown, and when
 ``transcode``       clips to H.264
 ``frames``          images taken from clips
 ``thumbnails``      small pictures for people
@@ -27,10 +33,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sharding.media.containers import container_format
     from sharding.media.images import decode_image, encode_image, probe_image
     from sharding.media.info import Encoded, MediaInfo
     from sharding.media.untrusted import MAX_PIXELS, decoding
-    from sharding.media.video import animation, container_format, decode_video, probe_video
+    from sharding.media.video import animation, decode_video, probe_video
 
 __all__ = [
     "MAX_PIXELS",
@@ -50,7 +57,8 @@ _HOME = {
     **dict.fromkeys(("MAX_PIXELS", "decoding"), "untrusted"),
     **dict.fromkeys(("Encoded", "MediaInfo"), "info"),
     **dict.fromkeys(("decode_image", "encode_image", "probe_image"), "images"),
-    **dict.fromkeys(("animation", "container_format", "decode_video", "probe_video"), "video"),
+    "container_format": "containers",
+    **dict.fromkeys(("animation", "decode_video", "probe_video"), "video"),
 }
 
 

@@ -8,6 +8,8 @@ pay nothing.
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image, ImageCms, ImageColor
 _MANAGED = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB", "LAB": "RGB"}
 # A step of 8 bits: what rounding makes of a profile that is sRGB.
 _SAME = 1
+_D50 = np.array([0.9642, 1.0, 0.8249])
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -24,11 +27,20 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """The image in one of the modes L, LA, RGB, RGBA, CMYK, LAB: palettes resolved, deep grey scaled, not clipped."""
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is grey of 16 or 32 bits, or of floating point."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def eight_bits(image: Image.Image, white: int | None = None) -> Image.Image:
+    """The image in one of the modes L, LA, RGB, RGBA, CMYK, LAB: palettes resolved, deep grey scaled, not clipped.
+
+    Args:
+        white: the value of white of deep grey, where it is known.
+    """
     mode = image.mode
-    if mode.startswith("I") or mode == "F":
-        return _shallow(image)
+    if is_deep(image):
+        return shallow_grey(np.asarray(image), 65_535 if mode.startswith("I;16") else white)
     if mode in ("L", "1", "LA", "La"):
         wanted = "LA" if has_alpha(image) else "L"
     elif mode in ("CMYK", "LAB"):
@@ -38,20 +50,21 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image if mode == wanted and "transparency" not in image.info else image.convert(wanted)
 
 
-def _shallow(image: Image.Image) -> Image.Image:
-    """L (LA where a grey value is transparent) of 16-bit, 32-bit and floating-point grey."""
-    grey = np.asarray(image)
-    values = grey.astype(np.float32)
+def shallow_grey(values: np.ndarray, white: int | None = None) -> Image.Image:
+    """L of [H, W] numbers. Where ``white`` is not known, it is the least usual number that no value is above.
+
+    Usual are 1 (of floating point), 255, 65 535, and the largest number of 31 or 32 bits.
+    """
+    floating = values.dtype.kind == "f"
+    values = np.nan_to_num(values, posinf=0, neginf=0) if floating else values
     top = float(values.max(initial=0))
-    if image.mode == "F":
-        values = values * np.float32(255) if top <= 1 else values
-    elif image.mode != "I" or top > 255:  # mode I also holds 8-bit values
-        values = values / np.float32(257)
-    shallow = Image.fromarray(np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        shallow.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
-    return shallow
+    if white is None:
+        deepest = 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1
+        white = next(
+            usual for usual in (1, 255, 65_535, deepest, top) if top <= usual and (floating or usual > 1)
+        )
+    scaled = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32) * (255 / white)
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -116,3 +129,51 @@ def composited(image: Image.Image, colour: str) -> Image.Image:
         return image
     ground = Image.new("RGBA", image.size, (*ImageColor.getrgb(colour)[:3], 255))
     return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def curve_table(gamma: float, *, known_primaries: bool) -> np.ndarray | None:
+    """uint8 [65536]: samples of 16 bits, made of light by the exponent ``gamma``, to sRGB; ``None``: they are sRGB.
+
+    An exponent of 1 / 2.2 alone stands for the curve of sRGB, as libpng and browsers take it; with primaries beside it
+    (``known_primaries``) it is meant as it is written.
+    """
+    if not known_primaries and abs(gamma * 2.2 - 1) < 0.05:
+        return None
+    light = (np.arange(65_536) / 65_535) ** (1 / gamma)
+    code = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.rint(code * 255).astype(np.uint8)
+
+
+def matrix_profile(chromaticities: Sequence[float], gamma: float) -> bytes | None:
+    """An ICC profile of RGB whose light is samples to the power of ``gamma``; ``None``: there are no such colours.
+
+    Args:
+        chromaticities: x and y of white, red, green and blue, eight numbers.
+    """
+    if min(chromaticities[1::2]) <= 0 or not 0.05 < gamma < 20:
+        return None
+    white, *primaries = (
+        np.array([x / y, 1.0, (1 - x - y) / y])
+        for x, y in zip(chromaticities[::2], chromaticities[1::2], strict=True)
+    )
+    columns = np.stack(primaries, axis=1)
+    if abs(np.linalg.det(columns)) < 1e-6:
+        return None
+    # Whites are brought to that of ICC (D50) in the cone space of Bradford, as the specification has it.
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    scale = np.diag(bradford @ _D50 / (bradford @ white))
+    adapted = np.linalg.inv(bradford) @ scale @ bradford @ (columns * np.linalg.solve(columns, white))
+    curve = b"para" + struct.pack(">IHHi", 0, 0, 0, round(gamma * 65_536))
+    tags = {b"wtpt": _xyz(_D50), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    tags |= {name: _xyz(adapted[:, place]) for place, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    places, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, value in tags.items():
+        places += name + struct.pack(">II", start + len(body), len(value))
+        body += value
+    head = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x04300000, b"mntr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + _xyz(_D50)[8:]
+    return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + places + body
+
+
+def _xyz(values: np.ndarray) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(float(value) * 65_536) for value in values))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +18,18 @@ from PIL import Image
 
 from sharding.errors import BadData
 from sharding.fingerprint import fingerprint
-from sharding.media.colour import composited, eight_bits, has_alpha, is_srgb, to_srgb
+from sharding.media.colour import composited, is_srgb, to_srgb
 from sharding.media.config import ImageConfig
 from sharding.media.info import Encoded, MediaInfo
 from sharding.media.plain import is_plain_jpeg
+from sharding.media.png import opens_elsewhere
 from sharding.media.resizing import resized_pixels, resized_planes
+from sharding.media.stills import Still, open_still
 from sharding.media.untrusted import MAX_PIXELS, decoding, refuse_large
 
 MAX_WEBP_SIDE = 16_383
 MAX_JPEG_SIDE = 65_500
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,17 +46,6 @@ _LOST_PIXELS = re.compile(r"Corrupt JPEG data(?!: \d+ extraneous)|Premature end|
 _OWN_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The header, read by PIL; pixels are not decoded yet.
-
-    Raises:
-        BadData: ``too-many-pixels``. Whatever PIL raises: see ``decoding``.
-    """
-    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    refuse_large(image.width, image.height, max_pixels)
-    return image
-
-
 @decoding()
 def probe_image(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
     """Size (upright) and number of frames from the header alone, before any pixel is decoded.
@@ -68,11 +56,9 @@ def probe_image(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
     size = _plain_size(data, max_pixels)
     if size is not None:
         return MediaInfo(*size)
-    with open_image(data, max_pixels) as image:
-        frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
-        turned = _orientation(image) >= 5
-        width, height = (image.height, image.width) if turned else image.size
-        return MediaInfo(width=width, height=height, frames=frames)
+    still = open_still(data, max_pixels)
+    width, height = reversed(still.size) if still.orientation >= 5 else still.size
+    return MediaInfo(width=width, height=height, frames=still.frames)
 
 
 @decoding()
@@ -111,6 +97,8 @@ def encode_image(data: bytes, config: ImageConfig | None = None) -> Encoded:
             kept = config.alpha == "keep" and upright.mode == "RGBA"
             picture = upright if kept else composited(upright, _ground(config))
             as_it_is = config.format == "keep" and decoded.untouched and picture.mode == upright.mode
+            if as_it_is and decoded.format == "PNG":
+                as_it_is = opens_elsewhere(data)
     if not isinstance(picture, Image.Image):
         return _store_planes(picture, decoded.size, config)
     kind = config.format if config.format != "keep" else _OWN_FORMAT.get(decoded.format, "webp")
@@ -227,21 +215,13 @@ def _decoded(data: bytes, resize: int | None, max_pixels: int) -> _Decoded:
         pixels = _by_libjpeg(data, "RGB", plain, size)
         if pixels is not None:
             return _Decoded(pixels, size, "JPEG", untouched=size == plain)
-    with open_image(data, max_pixels) as opened:
-        size = shrunk(opened.width, opened.height, resize)
-        orientation = _orientation(opened)
-        profile = opened.info.get("icc_profile")
-        shallow = opened.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
-        image = eight_bits(_pixels(data, opened, size))
-        upright_srgb = orientation not in _UPRIGHT and is_srgb(profile, image.mode)
-        single = getattr(opened, "n_frames", 1) == 1
-        untouched = shallow and size == opened.size and upright_srgb and single
-        picture: np.ndarray | Image.Image = image
-        if image.mode == "RGB" and upright_srgb:
-            picture = np.asarray(image)
-        elif image is opened:
-            picture = opened.copy()  # a file of several pages loads itself again, though it is closed by then
-        return _Decoded(picture, size, opened.format or "", untouched, orientation, profile)
+    still = open_still(data, max_pixels)
+    size = shrunk(*still.size, resize)
+    image = _pixels(data, still, size)
+    upright_srgb = still.orientation not in _UPRIGHT and is_srgb(still.profile, image.mode)
+    untouched = still.as_it_lies and still.single and size == still.size and upright_srgb
+    picture = np.asarray(image) if image.mode == "RGB" and upright_srgb else image
+    return _Decoded(picture, size, still.format, untouched, still.orientation, still.profile)
 
 
 def _plain_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
@@ -262,15 +242,16 @@ def _plain_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     return width, height
 
 
-def _pixels(data: bytes, opened: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _pixels(data: bytes, still: Still, size: tuple[int, int]) -> Image.Image:
     """The decoded image; by libjpeg-turbo itself where PIL would only add copies."""
-    if data[:2] == b"\xff\xd8" and opened.mode in ("L", "RGB") and not has_alpha(opened):
-        colours = "GRAY" if opened.mode == "L" else "RGB"
-        pixels = _by_libjpeg(data, colours, opened.size, size)
+    opened = still.opened
+    if opened is not None and data[:2] == b"\xff\xd8" and opened.mode in ("L", "RGB"):
+        pixels = _by_libjpeg(data, "GRAY" if opened.mode == "L" else "RGB", still.size, size)
         if pixels is not None:
             return _image_of(pixels)
-    opened.load()
-    return opened
+    image = still.pixels()
+    # A file of several pages loads itself again, though it is closed by then.
+    return image.copy() if image is opened else image
 
 
 def _by_libjpeg(
@@ -298,15 +279,6 @@ def _scaled(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
         if all(side >= _SCALED_LEAVES * wanted for side, wanted in zip(scaled, target, strict=True)):
             return scaled
     return 0, 0
-
-
-def _orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF numbers them; 1 where there is none, or EXIF that cannot be read."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, KeyError, TypeError, OSError, EOFError, struct.error):
-        return 1
-    return value if isinstance(value, int) else 1
 
 
 def _ground(config: ImageConfig) -> str:

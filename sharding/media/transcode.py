@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sharding.errors import BadData
 from sharding.fingerprint import Fingerprinter
 from sharding.media.config import VideoConfig
+from sharding.media.containers import container_format, is_animation, open_clip
+from sharding.media.hdr import needs_mapping
 from sharding.media.images import shrunk
 from sharding.media.info import Encoded, MediaInfo
+from sharding.media.picture import lies_upright, shown
 from sharding.media.resizing import resized_pixels
 from sharding.media.untrusted import decoding
-from sharding.media.video import (
-    animation,
-    checked,
-    clip_packets,
-    container_format,
-    is_animation,
-    mean_rate,
-    open_clip,
-    pixel_ratio,
-    quarter_turns,
-    square_size,
-    upright,
-    video_stream,
-)
+from sharding.media.video import Packets, animation, shown_frames, usual_rate
+
+if TYPE_CHECKING:
+    import av
 
 # The times of an animation are known by decoding it only: these many frames tell its rate.
 _FRAMES_MEASURED = 240
+# Of FFmpeg, and of ITU-T H.273 but for the range.
+_BT709, _LIMITED = 1, 1
 
 
 def transcode_video(data: bytes, config: VideoConfig) -> Encoded:
@@ -65,18 +62,20 @@ def cut_video(data: bytes, config: VideoConfig) -> Iterator[Encoded | BadData]:
         ``BadData("clip-too-large")`` for a clip over ``config.max_mb``; the others are not touched by it.
 
     Raises:
-        BadData: ``decode-failed`` or ``too-many-pixels``: the whole video is of no use, clips that came included.
+        BadData: ``decode-failed``, ``too-many-pixels`` or ``unsupported-colour``: the whole video is of no use, clips
+            that came included.
     """
     with decoding():
         fitting = _as_it_is(data, config)
-        rate = 0.0 if fitting is not None else _frame_rate(data, config.max_pixels)
     if fitting is not None:
         yield fitting
         return
-    fps = Fraction(min(rate, config.fps or rate)).limit_denominator(1001)
+    with decoding():
+        rate, source = _source(data, config)
+    fps = _stored_rate(rate, config)
     length = max(1, min(config.max_frames, math.floor(config.clip_s * float(fps) + 1e-6)))
     clips = config.max_clips if config.clips == "all" else 1
-    frames = _at_rate(_clip_frames(data, config.max_pixels), rate, float(fps), clips * length)
+    frames = _at_rate(_checked(source), rate, float(fps), clips * length)
     for number in range(clips):
         first = next(frames, None)
         if first is None:
@@ -93,50 +92,47 @@ def _too_large(encoded: Encoded, config: VideoConfig) -> BadData:
     return BadData("clip-too-large", f"{len(encoded.data)} bytes, more than {config.max_bytes}")
 
 
-def _clip_frames(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]:
-    """(time in seconds from the first frame, uint8 [H, W, 3]) of every frame, decoded one after another."""
-    with decoding():  # errors of the encoder, which consumes this, are not the clip's fault and pass by
-        yield from _decoded(data, max_pixels)
+def _stored_rate(rate: float, config: VideoConfig) -> Fraction:
+    """Frames per second of the clips of a source of this rate; a frame lasts no longer than a clip may."""
+    wanted = Fraction(min(rate, config.fps or rate)).limit_denominator(1001)
+    least = Fraction(math.ceil(1001 / config.clip_s), 1001)
+    return wanted if wanted * Fraction(config.clip_s) >= 1 else least
 
 
-def _decoded(data: bytes, max_pixels: int) -> Iterator[tuple[float, np.ndarray]]:
+# A frame that is not made into a picture before it is known that the picture is wanted.
+_Frame = Callable[[], np.ndarray]
+
+
+def _checked(frames: Iterator[tuple[float, _Frame]]) -> Iterator[tuple[float, _Frame]]:
+    while True:
+        with decoding():  # errors of the encoder, which consumes this, are not the clip's fault and pass by
+            item = next(frames, None)
+        if item is None:
+            return
+        yield item
+
+
+def _source(data: bytes, config: VideoConfig) -> tuple[float, Iterator[tuple[float, _Frame]]]:
+    """Usual frames per second, and every frame with its time in seconds from the first, in the order of times."""
     if is_animation(data):
-        yield from animation(data, max_pixels)
-        return
-    with open_clip(data) as container:
-        stream = video_stream(container, max_pixels)
-        expected = len(clip_packets(container, stream).times)
-        start, decoded = None, 0
-        for frame in container.decode(stream):
-            if frame.time is None:
-                raise BadData("decode-failed", "the clip has frames without a time")
-            start = frame.time if start is None else start
-            decoded += 1
-            array = upright(checked(frame))
-            size = square_size(array.shape[1::-1], pixel_ratio(stream, quarter_turns(frame)))
-            yield frame.time - start, resized_pixels(array, size)
-        _complete(decoded, max(expected, stream.frames))
+        times = [time for time, _ in islice(animation(data, config.max_pixels), _FRAMES_MEASURED)]
+        pictures = animation(data, config.max_pixels)
+        return usual_rate(times), ((time, partial(_itself, picture)) for time, picture in pictures)
+    packets, frames = shown_frames(data, config.max_pixels)
+    return packets.rate, ((time, partial(_picture, frame, packets, config.resize)) for time, frame in frames)
 
 
-def _complete(decoded: int, expected: int) -> None:
-    # Containers miscount by a frame or two (edit lists, trailing packets); a cut file misses far more.
-    if decoded < expected - max(2, expected // 50):
-        raise BadData("decode-failed", f"{decoded} of {expected} frames decode: the clip is cut or broken")
+def _itself(picture: np.ndarray) -> np.ndarray:
+    return picture
 
 
-def _frame_rate(data: bytes, max_pixels: int) -> float:
-    """Average frames per second."""
-    if is_animation(data):
-        times = [time for time, _ in islice(animation(data, max_pixels), _FRAMES_MEASURED)]
-        return mean_rate(times)
-    with open_clip(data) as container:
-        stream = video_stream(container, max_pixels)
-        unit = float(stream.time_base or 1)
-        return mean_rate([time * unit for time in clip_packets(container, stream).times])
+def _picture(frame: av.VideoFrame, packets: Packets, shorter: int | None) -> np.ndarray:
+    with decoding():
+        return shown(frame, packets.pixel_ratio, shorter)
 
 
 def _at_rate(
-    frames: Iterator[tuple[float, np.ndarray]], rate: float, fps: float, limit: int
+    frames: Iterator[tuple[float, _Frame]], rate: float, fps: float, limit: int
 ) -> Iterator[np.ndarray]:
     """At most ``limit`` frames at a constant ``fps``; ``rate`` is the source's.
 
@@ -145,18 +141,22 @@ def _at_rate(
         source    0  1  2  3  4  5  6  7     8 frames at rate 4, thinned to fps 2
         slots     0     1     2     3        shows 0 2 4 6
     """
-    held, slot, end = None, 0, 0.0
+    held: _Frame | None = None
+    picture: np.ndarray | None = None
+    slot, end = 0, 0.0
     for time, frame in frames:
         # A tenth of a slot forgives containers that round their times.
         due = math.ceil(time * fps - 0.1)
         while held is not None and slot < due:
             if slot >= limit:
                 return
-            yield held
+            picture = held() if picture is None else picture
+            yield picture
             slot += 1
-        held, end = frame, time + 1 / rate
+        held, picture, end = frame, None, time + 1 / rate
     while held is not None and slot < min(limit, max(1, round(end * fps))):
-        yield held
+        picture = held() if picture is None else picture
+        yield picture
         slot += 1
 
 
@@ -184,9 +184,15 @@ def encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig
                 size = shrunk(array.shape[1], array.shape[0], config.resize)
                 width, height = (max(2, side - side % 2) for side in size)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                # Said in the file, since players guess by the size where it is not.
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = _BT709
+                context.color_range = _LIMITED
             rgb = resized_pixels(array, (width, height))
             taken.add(rgb)
-            picture = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
+            )
             picture.pts = count
             picture.time_base = 1 / fps
             out.mux(stream.encode(picture))
@@ -197,36 +203,41 @@ def encode_h264(frames: Iterator[np.ndarray], fps: Fraction, config: VideoConfig
 
 
 def _as_it_is(data: bytes, config: VideoConfig) -> Encoded | None:
-    """The clip unchanged if it already fits (every frame is decoded to check it), else ``None``."""
+    """The clip unchanged if it already fits (every frame is decoded to check it), else ``None``.
+
+    It fits if every reader shows the same of it as a player: nothing is hidden by an edit list, its frames follow
+    each other at one rate and lie upright, and their colours are those of SDR.
+    """
     if container_format(data) != "mp4" or len(data) > config.max_bytes:
         return None
     with open_clip(data) as container:
-        stream = video_stream(container, config.max_pixels)
-        context = stream.codec_context
-        side = min(context.width, context.height)
-        if context.name != "h264" or context.pix_fmt != "yuv420p" or len(container.streams) > 1:
+        if len(container.streams) > 1 or not container.streams.video:
             return None
-        if "mp4" not in container.format.name or (config.resize is not None and side > config.resize):
+        context = container.streams.video[0].codec_context
+        claimed = container.streams.video[0].frames
+        if context is None or context.name != "h264" or context.pix_fmt != "yuv420p":
             return None
-        packets = clip_packets(container, stream)
-        unit = float(stream.time_base or 1)
-        frames = len(packets.times)
-        span = (packets.times[-1] - packets.times[0]) * unit
-        fps = (frames - 1) / span if span > 0 else 1.0
-        duration = frames / fps
-        if frames > config.max_frames or duration > config.clip_s or pixel_ratio(stream, 0) != 1:
+        if config.resize is not None and min(context.width, context.height) > config.resize:
             return None
-        if packets.longest_gap > config.keyframe_interval or (
-            config.fps is not None and fps > config.fps * 1.01
-        ):
+        size = (context.width, context.height)
+    packets, frames = shown_frames(data, config.max_pixels)
+    count, duration = len(packets.times), len(packets.times) / packets.rate
+    if packets.altered or not packets.jumps or claimed not in (0, count) or not _even(packets):
+        return None
+    if count > config.max_frames or duration > config.clip_s or packets.pixel_ratio not in (None, 0, 1):
+        return None
+    if packets.longest_gap > config.keyframe_interval or (
+        config.fps is not None and packets.rate > config.fps * 1.01
+    ):
+        return None
+    taken = Fingerprinter()
+    for _, frame in frames:
+        if not lies_upright(frame) or needs_mapping(frame.color_trc, frame.color_primaries):
             return None
-        decoded = 0
-        taken = Fingerprinter()
-        for frame in container.decode(stream):
-            if checked(frame).rotation:
-                return None
-            taken.add(upright(frame))
-            decoded += 1
-        _complete(decoded, max(frames, stream.frames))
-        info = MediaInfo(context.width, context.height, frames, duration)
-        return Encoded(data, "mp4", info, taken.result())
+        taken.add(shown(frame, None))
+    return Encoded(data, "mp4", MediaInfo(*size, count, duration), taken.result())
+
+
+def _even(packets: Packets) -> bool:
+    """Whether every frame is shown within half a step of its place at the clip's rate."""
+    return all(abs(time * packets.rate - place) < 0.5 for place, time in enumerate(packets.seconds))

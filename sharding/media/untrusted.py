@@ -18,8 +18,13 @@ def decoding() -> Iterator[None]:
     """Whatever a decoder raises over untrusted bytes becomes ``BadData("decode-failed")``."""
     try:
         yield
-    except (BadData, MemoryError, ImportError):
+    except (BadData, ImportError):
         raise
+    except MemoryError as error:
+        if not type(error).__module__.startswith("av."):
+            raise
+        # FFmpeg refuses the size that a broken header asks for, and needs nothing of the kind for the next clip.
+        raise BadData("decode-memory", "the clip asks for more memory than there is") from None
     except Image.DecompressionBombError as error:
         raise BadData("too-many-pixels", str(error)) from None
     except Exception as error:  # decoders raise nearly every type over broken bytes

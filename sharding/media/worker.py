@@ -13,6 +13,7 @@ from sharding.media.config import ImageConfig, VideoConfig
 from sharding.media.frames import frames_of
 from sharding.media.images import encode_image, probe_image
 from sharding.media.info import Encoded, MediaInfo
+from sharding.media.single_frame import refuse_still
 from sharding.media.transcode import cut_video
 from sharding.media.video import probe_video
 
@@ -36,6 +37,8 @@ class MediaDecoder:
         return self._image is None or self._image.frames is not None
 
     def _header(self, data: bytes) -> MediaInfo:
+        if self._reads_videos:
+            refuse_still(data)
         if self._video is not None:
             return probe_video(data, self._video.max_pixels)
         assert self._image is not None
@@ -52,6 +55,8 @@ class MediaDecoder:
                 yield part.facts(), part.data
 
     def _parts(self, data: bytes) -> Iterator[Encoded | BadData]:
+        if self._reads_videos:
+            refuse_still(data)
         if self._video is not None:
             return cut_video(data, self._video)
         assert self._image is not None

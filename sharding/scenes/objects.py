@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sharding.captions import is_text
 from sharding.errors import BadData, UserError
 from sharding.media.images import decode_cutout
 from sharding.scenes.colors import HUES, NAMES, color_of, prominent, recolored
@@ -192,7 +193,7 @@ def _sizes(root: Storage, paths: Iterable[str], url: str) -> dict[str, int]:
 
 def _kinds(data: bytes, url: str) -> list[Kind]:
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"the table of objects {url} is not JSON lines in UTF-8") from None
     kinds: dict[str, Kind] = {}
@@ -217,10 +218,10 @@ def _kind(line: str, place: str) -> Kind:
     if not isinstance(row, dict):
         raise UserError(f"{place} is not a JSON object")
     for field in ("path", "name"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
+        if not is_text(row.get(field)) or not row[field].strip():
             raise UserError(f"{place} has no {field}: an object needs path and name")
     for field in ("plural", "category"):
-        if not isinstance(row.get(field, ""), str):
+        if not is_text(row.get(field, "")):
             raise UserError(f"{place}: {field} is no text")
     path, name = row["path"], " ".join(row["name"].split())
     if path.startswith("/") or "://" in path or ".." in path.split("/") or "\0" in path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,14 +11,27 @@ from typing import Any, Protocol, TypedDict
 from urllib.parse import unquote
 
 from sharding.captions import is_text
+from sharding.errors import BadData, UnreadableObject
 from sharding.names import Skipped
 from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, WebUrl, shown
 from sharding.storage import ExactPath
 
 _json = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is called for every row of a corpus
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".heic", ".heif", ".hif",
+)  # fmt: skip
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".flv", ".ts", ".gif", ".webp")
+
+
+# Faults of the one path that was named, not of the storage.
+_UNREADABLE = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.EINVAL,
+        errno.EIO, errno.ENXIO,
+    }
+)  # fmt: skip
 
 
 class Member(TypedDict):
@@ -39,7 +54,7 @@ class Input:
         sidecar: the file that holds the captions (a folder's).
         not_text: how many captions were given that are no text.
         problem: a cause of dropping that the listing already found, e.g. ``"bad-row"``.
-        reason: of the problem, in words.
+        reason: of the problem, in words; of captions that are no text, where they stand.
         offset: of the media in the tar, in bytes; None where the file is the media.
         size: of the media in bytes, where the listing knows it; another size later is a fault.
         row: the number of the row that holds the media (Hugging Face).
@@ -87,6 +102,36 @@ class Source(Protocol):
         Raises:
             UserError: the source is missing, empty of rows, or not what the configuration says.
         """
+
+
+class Unreadable(BadData):
+    """A file that the storage does not give, for a reason of its own; other files may be fine."""
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns what keeps a single file from being read into its cause.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        Unreadable: ``archived``, ``access-denied``, ``encrypted``, ``no-such-bucket``, ``wrong-region``,
+            ``bad-address``, ``unreadable-file``.
+    """
+    try:
+        yield
+    except UnreadableObject as error:
+        raise Unreadable(error.cause, str(error)) from None
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            raise Unreadable("unreadable-file", f"{name}: {error.strerror}") from None
+        raise
+
+
+def unreadable(place: str, fault: Unreadable) -> Input:
+    """A whole tar or table that cannot be read: one bad input, in place of the unknown number in it."""
+    return Input(address=place, problem=fault.cause, reason=fault.detail)
 
 
 def feed(hasher: Hasher, *parts: Any) -> None:

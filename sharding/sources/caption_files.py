@@ -7,6 +7,7 @@ most. Larger corpora are tables.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,10 +17,12 @@ from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import Address, below_base, remote_url
 from sharding.sources.base import Hasher, Input, feed, folder_and_name, identity, texts_of
 from sharding.sources.config import CocoSource, KarpathySource
+from sharding.sources.rows import json_fault
 from sharding.storage import Storage
 
 # Python's objects take several times the bytes of the JSON they come from.
 LARGEST_JSON = 512 << 20
+_MOST_DIGITS = 100
 
 
 class CocoListing:
@@ -49,7 +52,7 @@ class CocoListing:
         strays: list[int] = []
         for number, annotation in enumerate(annotations):
             image = annotation.get("image_id") if isinstance(annotation, dict) else None
-            if isinstance(image, int | str):
+            if _is_key(image):
                 captions[image].append(annotation.get("caption"))
             else:
                 strays.append(number)
@@ -57,11 +60,12 @@ class CocoListing:
             feed(hasher, identity(item), item.captions, item.not_text, item.problem)
             yield item
         # What no image took.
-        for place in [
-            *(f"annotations[{number}]" for number in strays),
-            *(f"image {key}" for key in captions),
+        for place, reason in [
+            *((f"annotations[{number}]", "it names no image") for number in strays),
+            *((f"image {_short(key)}", "annotations of an image that is not listed") for key in captions),
         ]:
-            stray = Input(address=f"{escape_name(self._name)}:{place}", problem="bad-row")
+            where = f"{escape_name(self._name)}:{place}"
+            stray = Input(address=where, problem="bad-row", reason=reason)
             feed(hasher, stray.address, [], 0, stray.problem)
             yield stray
         if not images:
@@ -73,14 +77,24 @@ class CocoListing:
         for number, image in enumerate(images):
             key = image.get("id") if isinstance(image, dict) else None
             place = f"{escape_name(self._name)}:images[{number}]"
-            if not isinstance(key, int | str) or key in seen:
-                yield Input(address=place, problem="bad-row")
+            if not _is_key(key) or key in seen:
+                reason = "its id stands twice" if _is_key(key) else "it has no id"
+                yield Input(address=place, problem="bad-row", reason=reason)
                 continue
             seen.add(key)
             texts, not_text = texts_of(captions.pop(key, []))
             address = image.get(field)
             made = remote_url if self._config.url_field else below_base
             yield _named(address, made, place, captions=texts, not_text=not_text)
+
+
+def _is_key(value: Any) -> bool:
+    """Whether it is an image's id: true would be equal to 1."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _short(key: int | str) -> str:
+    return escape_name(str(key))[:100]
 
 
 class KarpathyListing:
@@ -102,18 +116,24 @@ class KarpathyListing:
         content = read_json(self._file, self._name)
         url = self._file.url_of(self._name)
         images, wanted = list_in(content, "images", url), self._config.splits
-        there = {str(image["split"]) for image in images if isinstance(image, dict) and "split" in image}
+        there = {_split(image) for image in images if isinstance(image, dict) and "split" in image}
         missing = sorted(set(wanted or ()) - there)
         if missing:
-            raise UserError(f"{url} has no split {missing[0]!r}; it has {', '.join(sorted(there)) or 'none'}")
+            names = ", ".join(sorted(map(escape_name, there))) or "none"
+            raise UserError(f"{url} has no split {missing[0]!r}; it has {names}")
         if not images:
             raise UserError(f"empty corpus: {url} lists no images")
         for number, image in enumerate(images):
-            if isinstance(image, dict) and wanted is not None and str(image.get("split")) not in wanted:
+            if isinstance(image, dict) and wanted is not None and _split(image) not in wanted:
                 continue
             item = _karpathy_input(image, f"{escape_name(self._name)}:images[{number}]")
             feed(hasher, identity(item), item.captions, item.not_text, item.problem)
             yield item
+
+
+def _split(image: dict[str, Any]) -> str:
+    split = image.get("split")
+    return split if isinstance(split, str) else f"({type(split).__name__})"
 
 
 def _karpathy_input(image: Any, place: str) -> Input:
@@ -150,12 +170,24 @@ def read_json(folder: Storage, name: str) -> dict[str, Any]:
     if size > LARGEST_JSON:
         raise UserError(f"{url} has {size} bytes; above {LARGEST_JSON} make it a table of JSON lines")
     try:
-        content = json.loads(folder.read_bytes(name))
+        data = folder.read_bytes(name)
+        # Bytes that are not UTF-8 become half surrogates, and cost the texts that hold them (``texts_of``).
+        encoding = json.detect_encoding(data)
+        content = json.loads(
+            data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict"),
+            parse_int=_number,
+        )
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{url} is not JSON: {error}") from None
+        place = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{url} is not JSON{place}: {json_fault(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{url} is not a JSON object")
     return content
+
+
+def _number(digits: str) -> int | float:
+    """A whole number; infinite where it has more digits than Python reads, so that it costs its entry alone."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else math.inf
 
 
 def list_in(content: dict[str, Any], key: str, url: str) -> list[Any]:

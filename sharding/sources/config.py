@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sharding.given_path import GivenPath, GivenPaths
 from sharding.scenes.config import SceneRules
 from sharding.storage import normalise_url
 from sharding.tarnames import TEXT_EXTENSIONS
@@ -27,7 +28,7 @@ class _Block(BaseModel):
 
 
 class _Located(_Block):
-    path: str = Field(
+    path: GivenPath = Field(
         description="folder, file, file:// or s3:// url; a relative path is that of the command"
     )
 
@@ -44,7 +45,14 @@ class FolderSource(_Located):
     """
 
     kind: Literal["folder"]
-    captions: Literal[".txt", ".json"] = ".txt"
+    captions: str = Field(default=".txt", description=".txt or .json; a file's own suffix may be in any case")
+
+    @field_validator("captions")
+    @classmethod
+    def _known(cls, suffix: str) -> str:
+        if suffix.lower() not in (".txt", ".json"):
+            raise ValueError("must be .txt or .json")
+        return suffix
 
 
 class TableSource(_Located):
@@ -52,7 +60,8 @@ class TableSource(_Located):
     sample.
 
     ``path_column`` holds paths relative to the table's folder, absolute paths or urls; ``url_column`` only
-    urls (s3://, http://, https://). A caption cell is a text or a list of texts.
+    urls (s3://, http://, https://). A caption cell is a text or a list of texts. Where a table has a row for each
+    caption, ``group_by`` brings the rows of a sample together, wherever they stand.
     """
 
     kind: Literal["table"]
@@ -64,6 +73,11 @@ class TableSource(_Located):
     )
     where: dict[str, Scalar | list[Scalar]] = Field(
         default_factory=dict, description="column: value, or list of values; rows with others are left out"
+    )
+    group_by: str | None = Field(
+        default=None,
+        description="a column: rows that are equal in it are one sample, with the captions of all of them; "
+        "usually that of the media, or an id of them",
     )
 
     @property
@@ -91,7 +105,7 @@ class CocoSource(_Located):
     """
 
     kind: Literal["coco"]
-    images: str | None = Field(default=None, description="folder or S3 prefix that file_name is below")
+    images: GivenPath | None = Field(default=None, description="folder or S3 prefix that file_name is below")
     url_field: Literal["coco_url", "flickr_url"] | None = Field(
         default=None, description="fetch the images from these urls instead"
     )
@@ -112,7 +126,7 @@ class KarpathySource(_Located):
     """Karpathy's splits of COCO, Flickr30k and Flickr8k (``dataset_coco.json``): ``path`` is the file."""
 
     kind: Literal["karpathy"]
-    images: str = Field(description="folder or S3 prefix that filepath/filename is below")
+    images: GivenPath = Field(description="folder or S3 prefix that filepath/filename is below")
     split: str | list[str] | None = Field(
         default=None, description="train, restval, val, test, or several; default: all"
     )
@@ -133,8 +147,8 @@ class MsrVttSource(_Located):
     """
 
     kind: Literal["msrvtt"]
-    videos: str = Field(description="folder or S3 prefix of VIDEO_ID.mp4")
-    annotations: str | None = Field(
+    videos: GivenPath = Field(description="folder or S3 prefix of VIDEO_ID.mp4")
+    annotations: GivenPath | None = Field(
         default=None, description="MSRVTT_data.json, of which all sentences of a clip are taken instead"
     )
 
@@ -148,7 +162,7 @@ class LsmdcSource(_Located):
     """Clips of LSMDC: ``path`` is a list of them, e.g. ``LSMDC16_challenge_1000_publictect.csv``."""
 
     kind: Literal["lsmdc"]
-    videos: str = Field(
+    videos: GivenPath = Field(
         description="folder or S3 prefix of CLIP.avi, or of a folder for each film with its clips"
     )
 
@@ -166,7 +180,7 @@ class WebDatasetSource(_Block):
     """
 
     kind: Literal["webdataset"]
-    path: str | list[str] = Field(
+    path: GivenPaths = Field(
         description="a .tar, a folder or prefix of them, a brace pattern (s3://b/{00..99}.tar), or a list"
     )
     media: list[str] | None = Field(
@@ -211,7 +225,7 @@ class HuggingFaceSource(_Block):
     """
 
     kind: Literal["huggingface"]
-    path: str | None = None
+    path: GivenPath | None = None
     hub: str | None = Field(
         default=None, pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$", description="name, or owner/name"
     )
@@ -221,6 +235,11 @@ class HuggingFaceSource(_Block):
     media_column: str | None = Field(default=None, description="an Image or Video column")
     url_column: str | None = Field(default=None, description="a text column of urls")
     caption_column: str | list[str]
+    group_by: str | None = Field(
+        default=None,
+        description="a column of texts or numbers: rows that are equal in it are one sample, with the captions of "
+        "all of them",
+    )
 
     @property
     def caption_columns(self) -> list[str]:
@@ -259,7 +278,7 @@ class ScenesSource(SceneRules):
     """
 
     kind: Literal["scenes"]
-    objects: str = Field(description="a .jsonl file, file:// or s3:// url; see docs/scenes.md")
+    objects: GivenPath = Field(description="a .jsonl file, file:// or s3:// url; see docs/scenes.md")
     count: int = Field(ge=1, description="scenes: the first so many of the split")
 
     @field_validator("objects")

@@ -6,8 +6,6 @@ members of tars by range). ``SceneMedia`` makes them.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 from sharding.errors import BadData
 from sharding.names import escape_name
 from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, WebUrl, shown
-from sharding.sources.base import Input, Member
+from sharding.sources.base import Input, Member, reading
 from sharding.sources.budget import ByteBudget, Lease
 from sharding.sources.config import (
     FetchConfig,
@@ -40,8 +38,6 @@ MAX_SIDECAR_BYTES = 1 << 20
 _BLOCK = 1 << 20
 # Members of a sample this close to each other are read at once: a request costs more than these bytes.
 _GAP = 64 << 10
-# Faults of the one path that was named, not of the storage.
-_UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
 # Results waiting for a slow one before them, in numbers of threads; their bytes are bounded by the budget.
 _AHEAD = 4
 
@@ -146,7 +142,7 @@ class Fetcher:
     def _sidecar(self, address: BelowBase) -> bytes:
         name = shown(address)
         try:
-            with _reading(name):
+            with reading(name):
                 data = self._base.read_bytes(ExactPath(address.path), 0, MAX_SIDECAR_BYTES + 1)
         except FileNotFoundError:
             raise BadData("caption-missing", f"no {name} beside the media file") from None
@@ -158,7 +154,7 @@ class Fetcher:
         storage, path = self._located(address)
         name = shown(address)
         try:
-            with _reading(name):
+            with reading(name):
                 if size is not None:
                     # One byte more would show that the file has grown since it was listed.
                     data = storage.read_bytes(path, 0, size + 1)
@@ -249,22 +245,12 @@ def _first(waiting: deque[tuple[Future[Fetched], Lease]]) -> Iterator[Fetched]:
     lease.release()
 
 
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _UNREADABLE:
-            raise BadData("unreadable-file", f"{name}: {error.strerror}") from None
-        raise
-
-
 def _read_group(storage: Storage, path: ExactPath, group: list[Member]) -> dict[int, bytes]:
     name = escape_name(path)
     start = group[0]["offset"]
     end = max(member["offset"] + member["size"] for member in group)
     try:
-        with _reading(name):
+        with reading(name):
             data = storage.read_bytes(path, start, end - start)
     except FileNotFoundError:
         raise BadData("missing-file", name) from None

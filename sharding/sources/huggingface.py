@@ -7,18 +7,24 @@ run: its version 5 has no loading scripts any more, and builders other than thos
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from sharding.errors import BadData, StorageFault, UserError
-from sharding.names import Skipped
+from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import remote_url
-from sharding.sources.base import Hasher, Input, feed, texts_of
+from sharding.sources.base import Hasher, Input, feed, reading, texts_of
 from sharding.sources.config import HuggingFaceSource
+from sharding.sources.grouping import grouped
+from sharding.sources.rows import cells_of, has_text_alone
+from sharding.storage import open_storage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,28 +52,64 @@ class HuggingFaceListing:
 
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. Captions, and urls or names and sizes of media, identify the listing."""
-        config = self._config
-        rows = open_dataset(config)
-        media = config.media_column or config.url_column
-        columns = list(dict.fromkeys([media, *config.caption_columns]))
-        number = 0
-        for batch in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
-            captions = batch.select(list(dict.fromkeys(config.caption_columns))).to_pylist()
-            found = _urls(batch[media]) if config.url_column else _names_and_sizes(batch[media])
-            for (name, size), row in zip(found, captions, strict=True):
-                item = self._input(number, name, size, row)
+        column = self._config.group_by
+        for group in ([row] for _, row in self._rows()) if column is None else grouped(self._rows(), column):
+            for name, size, item in self._merged(group):
                 feed(hasher, name, size, item.captions, item.not_text, item.problem)
                 yield item
+
+    def _rows(self) -> Iterator[tuple[Any, list[Any]]]:
+        """(what it is grouped by, [number, name, size, captions, captions that are no text]) of each row."""
+        config = self._config
+        media = config.media_column or config.url_column
+        texts = list(dict.fromkeys(config.caption_columns))
+        columns = list(dict.fromkeys(filter(None, [media, *texts, config.group_by])))
+        number = 0
+        for batch in open_dataset(config).select_columns(columns).with_format("arrow").iter(_ROWS_AT_ONCE):
+            cells = zip(*(cells_of(batch[column]) for column in texts), strict=True)
+            found = _urls(batch[media]) if config.url_column else _names_and_sizes(config, batch[media])
+            keys = cells_of(batch[config.group_by]) if config.group_by else itertools.repeat(None, len(batch))
+            for (name, size), row, key in zip(found, cells, keys, strict=True):
+                captions: list[str] = []
+                not_text = 0
+                for cell in row:
+                    texts_of_cell, others = texts_of(cell)
+                    captions += texts_of_cell
+                    not_text += others
+                key = (
+                    key if isinstance(key, str | int | float) and has_text_alone(key) and key != "" else None
+                )
+                yield key, [number, name, size, captions, not_text]
                 number += 1
 
-    def _input(self, number: int, name: str | None, size: int | None, row: dict[str, Any]) -> Input:
+    def _merged(self, group: list[list[Any]]) -> Iterator[tuple[str | None, int | None, Input]]:
+        """(name, size, input) of the rows of one sample, and of those among them that have no such media."""
+        first: Input | None = None
+        heads: tuple[Any, Any] = None, None
+        others = []
+        for number, name, size, captions, not_text in group:
+            item = self._input(number, name, size, captions, not_text)
+            if item.problem is not None:
+                others.append((name, size, item))
+            elif first is None:
+                first, heads = item, (name, size)
+            elif size != first.size or (self._config.url_column and item.address != first.address):
+                reason = (
+                    f"it has other media than row {group[0][0]}, though {self._config.group_by!r} is the same"
+                )
+                bad = Input(address=f"{self._config.split}/{number}", problem="bad-row", reason=reason)
+                others.append((name, size, bad))
+            else:
+                captions = first.captions + captions
+                first = replace(first, captions=captions, not_text=first.not_text + not_text)
+        if first is not None:
+            yield *heads, first
+        yield from others
+
+    def _input(
+        self, number: int, name: str | None, size: int | None, captions: list[str], not_text: int
+    ) -> Input:
         place = f"{self._config.split}/{number}"
-        captions: list[str] = []
-        not_text = 0
-        for column in self._config.caption_columns:
-            texts, others = texts_of(row[column])
-            captions += texts
-            not_text += others
         if self._config.url_column is None:
             if name is None and size is None:
                 return Input(address=place, problem="media-missing")
@@ -107,22 +149,38 @@ class MediaRows:
         return bytes(data)
 
     def _file(self, place: str, path: Any, limit: int) -> bytes:
-        from datasets import config as library
-
-        file = Path(path)
-        roots = [Path(library.HF_CACHE_HOME), Path(library.HF_DATASETS_CACHE)]
-        if self._config.path is not None:
-            roots.append(_folder(self._config.path))
-        # Anyone may have written the row: it must not name other files of this machine.
-        if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
-            raise BadData("bad-address", f"{place} names {path}, which is outside the dataset")
+        file = _own_file(self._config, path)
+        if file is None:
+            raise BadData(
+                "bad-address", f"{place} names {escape_name(str(path))}, which is outside the dataset"
+            )
+        name = f"{place}: {escape_name(str(path))}"
         try:
-            with file.open("rb") as stream:
-                return stream.read(limit + 1)
+            with reading(name):
+                return open_storage(file.parent).read_bytes(file.name, 0, limit + 1)
         except FileNotFoundError:
-            raise BadData("missing-file", f"{place}: {path}") from None
-        except OSError as error:
-            raise BadData("unreadable-file", f"{place}: {path}: {error.strerror}") from None
+            raise BadData("missing-file", name) from None
+
+
+def _own_file(config: HuggingFaceSource, path: Any) -> Path | None:
+    """The file that a row names, where it is one of the dataset's own: in its folder, or where ``datasets`` and the
+    hub keep what they fetched of it. Anyone may have written the row: it must not name other files of this machine.
+    """
+    from datasets import config as library
+    from huggingface_hub import constants as hub
+
+    if not isinstance(path, str) or "\0" in path:
+        return None
+    roots = [Path(library.HF_DATASETS_CACHE)]
+    if config.path is not None:
+        roots.append(_folder(config.path))
+    if config.hub is not None:
+        roots.append(Path(hub.HF_HUB_CACHE) / f"datasets--{config.hub.replace('/', '--')}")
+    try:
+        file = Path(path).resolve()
+        return file if any(file.is_relative_to(root.resolve()) for root in roots) else None
+    except (OSError, ValueError, RuntimeError):  # too long, or links in a circle
+        return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -193,7 +251,9 @@ def _load(config: HuggingFaceSource) -> Dataset:
 def _check_columns(rows: Dataset, config: HuggingFaceSource) -> None:
     import datasets
 
-    for column in filter(None, (config.media_column, config.url_column, *config.caption_columns)):
+    for column in filter(
+        None, (config.media_column, config.url_column, config.group_by, *config.caption_columns)
+    ):
         if column not in rows.features:
             raise UserError(
                 f"{config.hub or config.path} has no column {column!r}; it has {', '.join(sorted(rows.features))}"
@@ -209,7 +269,7 @@ def _check_columns(rows: Dataset, config: HuggingFaceSource) -> None:
         )
 
 
-def _names_and_sizes(column: Any) -> Iterator[tuple[str | None, int | None]]:
+def _names_and_sizes(config: HuggingFaceSource, column: Any) -> Iterator[tuple[str | None, int | None]]:
     """(base name, bytes) of each cell; reads the lengths, not the media."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -218,21 +278,23 @@ def _names_and_sizes(column: Any) -> Iterator[tuple[str | None, int | None]]:
         yield from ((None, size) for size in pc.binary_length(column).to_pylist())
         return
     sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
-    for size, path in zip(sizes, pc.struct_field(column, "path").to_pylist(), strict=True):
+    for size, path in zip(sizes, cells_of(pc.struct_field(column, "path")), strict=True):
+        path = path if isinstance(path, str) else None
         if size is None and path is not None:
-            # The size of a file; a missing one is the task's to find.
-            file = Path(path)
-            size = file.stat().st_size if file.is_file() else None
+            # The size of a file; a missing one, or one of no possible name, is the task's to find.
+            with contextlib.suppress(OSError, ValueError):
+                file = Path(path)
+                size = file.stat().st_size if file.is_file() else None
         yield None if path is None else Path(path).name, size
 
 
 def _urls(column: Any) -> Iterator[tuple[str | None, None]]:
-    for url in column.to_pylist():
+    for url in cells_of(column):
         yield url if isinstance(url, str) else None, None
 
 
 def _folder(url: str) -> Path:
-    return Path(unquote(urlsplit(url).path))
+    return Path(unquote(urlsplit(url).path, errors="surrogateescape"))
 
 
 def _line(error: Exception) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import posixpath
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from sharding.errors import BadData, UserError
@@ -22,16 +21,12 @@ from sharding.sources.base import (
     texts_of,
 )
 from sharding.sources.config import TableSource
+from sharding.sources.grouping import grouped
+from sharding.sources.rows import Row, has_text_alone, json_rows, parquet_rows, table_rows
 from sharding.storage import Storage
 
 _TEXT_SUFFIXES = (".csv", ".tsv")
 _SUFFIXES = (".jsonl", ".parquet", *_TEXT_SUFFIXES)
-# A row of captions and an address is far smaller; a file without line ends must not fill the memory.
-_LONGEST_LINE = 16 << 20
-_ROWS_AT_ONCE = 1024
-
-# (row number from 1, the row, or None where it cannot be read)
-_Rows = Iterator[tuple[int, dict[str, Any] | None]]
 
 
 class TableListing:
@@ -44,7 +39,8 @@ class TableListing:
             folder, self._file = folder_and_name(config.path)
         self._root = storage.resolve(folder)
         self.skipped = Skipped()
-        self._needed = [config.media_column, *config.caption_columns, *config.where]
+        columns = [config.media_column, *config.caption_columns, *config.where]
+        self._needed = list(dict.fromkeys([*columns, *([config.group_by] if config.group_by else [])]))
 
     @property
     def base(self) -> str:
@@ -54,17 +50,72 @@ class TableListing:
         """See ``Source``. The rows' addresses and captions identify the listing, not the media's contents."""
         self.skipped.clear()
         found = False
-        for path in self._files():
-            for number, row in self._rows(path):
-                if row is not None and not self._selected(row):
-                    continue
-                found = True
-                item = self._input(path, number, row)
-                feed(hasher, identity(item), item.captions, item.not_text, item.problem)
-                yield item
+        for item in self._inputs() if self._config.group_by is None else self._grouped(self._config.group_by):
+            found = True
+            feed(hasher, identity(item), item.captions, item.not_text, item.problem)
+            yield item
         if not found:
             which = " match 'where'" if self._config.where else ""
             raise UserError(f"empty corpus: no rows{which} in {self._config.path}")
+
+    def _inputs(self) -> Iterator[Input]:
+        for path, row in self._selected():
+            if row.cells is None:
+                yield self._bad(path, row)
+            else:
+                captions, not_text = self._captions(row.cells)
+                yield self._input(
+                    path, row.number, row.cells.get(self._config.media_column), captions, not_text
+                )
+
+    def _grouped(self, column: str) -> Iterator[Input]:
+        """An input of all rows that are equal in ``column``. A row that belongs to no others is one by itself."""
+        for rows in grouped(self._keyed(column), column):
+            first: Input | None = None
+            place, captions, others = "", list[str](), list[Input]()
+            for path, number, address, texts, not_text, reason in rows:
+                item = self._input(path, number, address, texts, not_text)
+                if reason:
+                    item = self._bad(path, Row(number, None, reason))
+                if item.problem is not None:
+                    others.append(item)
+                elif first is None:
+                    first, place, captions = item, f"{escape_name(path)}:{number}", [*texts]
+                elif item.media != first.media:
+                    reason = f"it names other media than {place}, though {column!r} is the same"
+                    others.append(self._bad(path, Row(number, None, reason)))
+                else:
+                    captions += texts
+                    not_text += first.not_text
+                    first = replace(first, not_text=not_text, reason=first.reason or item.reason)
+            if first is not None:
+                yield replace(first, captions=captions)
+            yield from others
+
+    def _keyed(self, column: str) -> Iterator[tuple[Any, list[Any]]]:
+        """(key, [path, number, address, captions, captions that are no text, why it cannot be read]) of each row."""
+        for path, row in self._selected():
+            if row.cells is None:
+                yield None, [path, row.number, None, [], 0, row.reason]
+                continue
+            key, address = row.cells.get(column), row.cells.get(self._config.media_column)
+            captions, not_text = self._captions(row.cells)
+            address = address if isinstance(address, str) else None
+            key = key.strip() if isinstance(key, str) else key
+            usable = isinstance(key, str | int | float) and key == key and key != "" and has_text_alone(key)
+            reason = (
+                "" if usable or column == self._config.media_column else f"it has no {column!r} to group by"
+            )
+            yield key if usable else None, [path, row.number, address, captions, not_text, reason]
+
+    def _captions(self, cells: dict[str, Any]) -> tuple[list[str], int]:
+        captions: list[str] = []
+        not_text = 0
+        for column in self._config.caption_columns:
+            texts, others = texts_of(cells.get(column))
+            captions += texts
+            not_text += others
+        return captions, not_text
 
     def _files(self) -> list[str]:
         if self._file:
@@ -78,7 +129,7 @@ class TableListing:
                 f"{error} (a table is a {', '.join(_SUFFIXES)} file, or a folder of them)"
             ) from None
         files = []
-        for path, _ in self.skipped.visible(self._root.list()):
+        for path, _ in self.skipped.visible(self._root.list(others=self.skipped.add_other)):
             if path.lower().endswith(_SUFFIXES):
                 files.append(path)
             elif not path.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):  # else rows may name it
@@ -87,104 +138,66 @@ class TableListing:
             raise UserError(f"no tables ({', '.join(_SUFFIXES)}) below {self._root.url}")
         return files
 
-    def _rows(self, path: str) -> _Rows:
-        url = self._root.url_of(path)
-        if path.lower().endswith(_TEXT_SUFFIXES):
-            return self._text_rows(path, url)
-        if self._config.columns is not None:
-            raise UserError(f"source.columns is for .csv and .tsv tables; {url} names its columns itself")
-        return (
-            self._parquet_rows(path, url) if path.lower().endswith(".parquet") else self._json_rows(path, url)
-        )
+    def _selected(self) -> Iterator[tuple[str, Row]]:
+        """(path of the table, row) of the rows that ``where`` selects, and of those of which that cannot be told."""
+        for path in self._files():
+            for row in self._rows(path):
+                if row.cells is None or not self._config.where:
+                    yield path, row
+                    continue
+                unclear = next((c for c in self._config.where if not has_text_alone(row.cells.get(c))), None)
+                if unclear is not None:
+                    yield (
+                        path,
+                        Row(row.number, None, f"its {unclear!r}, which 'where' asks for, cannot be read"),
+                    )
+                elif self._fits(row.cells):
+                    yield path, row
 
-    def _columns_exist(self, columns: set[str], url: str) -> None:
-        for column in self._needed:
-            if column not in columns:
-                raise UserError(
-                    f"{url} has no column {column!r}; it has {', '.join(sorted(columns)) or 'none'}"
+    def _rows(self, path: str) -> Iterator[Row]:
+        url, needed = self._root.url_of(path), self._needed
+        suffix = posixpath.splitext(path)[1].lower()
+        if suffix not in _TEXT_SUFFIXES and self._config.columns is not None:
+            raise UserError(f"source.columns is for .csv and .tsv tables; {url} names its columns itself")
+        with self._root.open(path) as stream:
+            if suffix == ".parquet":
+                yield from parquet_rows(stream, url, needed)
+            elif suffix == ".jsonl":
+                yield from json_rows(stream, url, needed)
+            else:
+                yield from table_rows(
+                    stream,
+                    url,
+                    self._config.columns,
+                    needed,
+                    tabs=suffix == ".tsv",
+                    address_column=self._config.media_column,
                 )
 
-    def _parquet_rows(self, path: str, url: str) -> _Rows:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with self._root.open(path) as stream:
-            try:
-                table = pq.ParquetFile(stream)
-            except pa.ArrowException as error:
-                raise UserError(f"{url} is not a Parquet file: {error}") from None
-            self._columns_exist(set(table.schema_arrow.names), url)
-            number = 0
-            columns = list(dict.fromkeys(self._needed))
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-
-    def _text_rows(self, path: str, url: str) -> _Rows:
-        tabs = path.lower().endswith(".tsv")
-        with self._root.open(path) as stream:
-            reader: csv.DictReader[str] = csv.DictReader(
-                io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""),
-                fieldnames=self._config.columns,
-                delimiter="\t" if tabs else ",",
-                # In tab-separated values a quotation mark is a character like any other.
-                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-            )
-            try:
-                self._columns_exist(set(reader.fieldnames or ()), url)
-                for row in reader:
-                    # A row that is too short has None in its last cells, a too long one has the key None.
-                    yield reader.line_num, None if None in row else row
-            except (csv.Error, UnicodeDecodeError) as error:
-                kind = "TSV" if tabs else "CSV"
-                raise UserError(f"{url} is not a {kind} table in UTF-8: {error}") from None
-
-    def _json_rows(self, path: str, url: str) -> _Rows:
-        columns: set[str] = set()
-        with self._root.open(path) as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=1):
-                if len(line) == _LONGEST_LINE:
-                    raise UserError(
-                        f"{url} line {number} is longer than {_LONGEST_LINE} bytes: not JSON lines"
-                    )
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                row = row if isinstance(row, dict) else None
-                columns.update(row or ())
-                yield number, row
-        self._columns_exist(columns, url)
-
-    def _selected(self, row: dict[str, Any]) -> bool:
+    def _fits(self, cells: dict[str, Any]) -> bool:
         for column, wanted in self._config.where.items():
             values = wanted if isinstance(wanted, list) else [wanted]
+            cell = cells.get(column)
+            if isinstance(cell, list | dict):
+                return False
             # CSV cells are all text, so values are also compared as text.
-            if not any(row.get(column) == value or str(row.get(column)) == str(value) for value in values):
+            if not any(cell == value or str(cell) == str(value) for value in values):
                 return False
         return True
 
-    def _input(self, path: str, number: int, row: dict[str, Any] | None) -> Input:
+    def _bad(self, path: str, row: Row) -> Input:
+        return Input(address=f"{escape_name(path)}:{row.number}", problem="bad-row", reason=row.reason)
+
+    def _input(self, path: str, number: int, address: Any, captions: list[str], not_text: int) -> Input:
         place = f"{escape_name(path)}:{number}"
-        if row is None:
-            return Input(address=place, problem="bad-row")
-        address = row.get(self._config.media_column)
         if not isinstance(address, str) or not address.strip() or texts_of(address)[1]:
             return Input(address=place, problem="bad-address")
         try:
             media = self._address(path, address.strip())
         except BadData as fault:
             return Input(address=place, problem=fault.cause, reason=fault.detail)
-        captions: list[str] = []
-        not_text = 0
-        for column in self._config.caption_columns:
-            texts, others = texts_of(row.get(column))
-            captions += texts
-            not_text += others
-        return Input.at(media, captions=captions, not_text=not_text)
+        reason = f"not text in {place}" if not_text else None
+        return Input.at(media, captions=captions, not_text=not_text, reason=reason)
 
     def _address(self, path: str, name: str) -> Address:
         if self._config.url_column is not None:

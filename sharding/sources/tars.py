@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from braceexpand import braceexpand
 
+from sharding.captions import caption_lines
 from sharding.errors import UserError
 from sharding.manifest import Modality
-from sharding.names import HIDDEN, Skipped, escape_name, hidden
+from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import Address, BelowBase, LocalFile, S3Object, shown
 from sharding.sources.base import (
     IMAGE_SUFFIXES,
@@ -33,13 +34,16 @@ from sharding.sources.base import (
     Hasher,
     Input,
     Member,
+    Unreadable,
     feed,
     folder_and_name,
+    reading,
     texts_of,
+    unreadable,
 )
 from sharding.sources.config import WebDatasetSource, split_pattern
-from sharding.storage import Storage
-from sharding.tarnames import clean_name, last_part, of_kind, split_name
+from sharding.storage import ExactPath, Storage
+from sharding.tarnames import clean_name, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import BAD_HEADER, LARGEST_HEADER
 
 if TYPE_CHECKING:
@@ -88,11 +92,20 @@ class WebDatasetListing:
         """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
         self.skipped.clear()
         found = False
+        lost: list[Unreadable] = []
         for pattern in self._tars:
             for path in pattern.files(self.skipped):
-                for item in self._tar(pattern.root, path, hasher):
-                    found = True
-                    yield item
+                try:
+                    for item in self._tar(pattern.root, path, hasher):
+                        found = True
+                        yield item
+                except Unreadable as fault:
+                    lost.append(fault)
+                    place = shown(_place(pattern.root, path, pattern.root == self._root))
+                    feed(hasher, place, fault.cause)
+                    yield unreadable(place, fault)
+        if lost and not found:
+            raise UserError(f"none of the tars of {self._root.url} can be read: {lost[0].detail}")
         if not found:
             raise UserError(f"empty corpus: the tars of {self._root.url} hold no samples")
 
@@ -101,22 +114,21 @@ class WebDatasetListing:
         tar = _place(root, path, root == self._root)
         container = shown(tar) if root == self._root else url
         try:
-            size = root.size(path)
+            with reading(container):
+                size = root.size(path)
         except FileNotFoundError:
-            raise UserError(f"no such tar: {url}") from None
+            raise UserError(f"no such tar: {escape_name(url)}") from None
         feed(hasher, path, size)
         groups: dict[str, list[TarMember]] = {}
         last: str | None = None
         cut: Truncated | None = None
         try:
-            for number, member in enumerate(walk_tar(root, path, size)):
+            for number, member in enumerate(_walked(root, path, size, container)):
                 if number == MOST_MEMBERS:
                     raise UserError(f"{url} has more than {MOST_MEMBERS} members: cut it into smaller tars")
                 name = split_name(member.name)
-                if hidden(member.name):
-                    self.skipped.add(HIDDEN)
-                elif name is None:
-                    self.skipped.add_file(member.name)
+                if name is None:
+                    count_aside(member.name, self.skipped)
                 else:
                     last = name[0]
                     groups.setdefault(last, []).extend([member] if member.regular else [])
@@ -188,13 +200,13 @@ class _TarPattern:
         """Paths below ``root``, streamed; ``skipped`` counts the files of a folder that are no tars."""
         if self._pattern:
             try:
-                yield from braceexpand(self._pattern)
+                yield from map(ExactPath, braceexpand(self._pattern))
             except ValueError as error:
                 raise UserError(f"source.path {self._pattern!r}: {error}") from None
             return
         self.root.check(write=False)
         found = False
-        for path, _ in skipped.visible(self.root.list()):
+        for path, _ in skipped.visible(self.root.list(others=skipped.add_other)):
             if path.lower().endswith(".tar"):
                 found = True
                 yield path
@@ -211,6 +223,11 @@ class _TarPattern:
 def braceless(name: str) -> str:
     """A file's name as a pattern that stands for it alone."""
     return re.sub(r"([\\{},])", r"\\\1", name)
+
+
+def _walked(root: Storage, path: str, size: int, name: str) -> Iterator[TarMember]:
+    with reading(name):
+        yield from walk_tar(root, path, size)
 
 
 def walk_tar(storage: Storage, path: str, size: int) -> Iterator[TarMember]:
@@ -329,7 +346,7 @@ def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str
     except (ValueError, RecursionError):  # also UnicodeDecodeError
         return [], 1
     if not name.lower().endswith(".json"):
-        return [line for line in text.splitlines() if line.strip()], 0
+        return caption_lines(text), 0
     if not isinstance(value, dict):
         return [], 1
     if field is None:

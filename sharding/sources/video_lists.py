@@ -5,8 +5,6 @@ Both are read whole before anything is listed: a clip's sentences need not stand
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import re
 from collections import defaultdict
@@ -14,18 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sharding.captions import is_text
 from sharding.errors import UserError
 from sharding.names import NOT_LISTED, Skipped, escape_name
 from sharding.sources.addresses import BelowBase, below_base
 from sharding.sources.base import VIDEO_SUFFIXES, Hasher, Input, feed, folder_and_name, texts_of
 from sharding.sources.caption_files import list_in, read_json
 from sharding.sources.config import LsmdcSource, MsrVttSource
+from sharding.sources.rows import table_rows, text_lines
 from sharding.storage import Storage
 
 # What a clip may be called: its name becomes part of a path, which must not lead out of the folder.
 _CLIP = re.compile(r"(?!\.)(?:[^/\\\x00-\x1f.]|\.(?!\.))+")
 _LSMDC_COLUMNS = 6  # clip, four times, sentence
-_LONGEST_LINE = 1 << 20
 
 
 # Where a clip's file lies, and its bytes where they are known.
@@ -37,14 +36,16 @@ class _Rows:
     """What a list says: sentences of each clip in the order in which the clips first appear, and bad rows."""
 
     sentences: dict[str, list[Any]] = field(default_factory=dict)
-    bad: list[int] = field(default_factory=list)  # by line
+    bad: list[tuple[int | str, str]] = field(
+        default_factory=list
+    )  # line, or place in another file, and reason
 
-    def add(self, line: int, clip: Any, sentences: list[Any]) -> None:
-        """One row."""
-        if isinstance(clip, str) and _CLIP.fullmatch(clip):
+    def add(self, line: int, clip: Any, sentences: list[Any], reason: str = "") -> None:
+        """One row; ``reason``: why it cannot be read, if it cannot."""
+        if isinstance(clip, str) and is_text(clip) and _CLIP.fullmatch(clip):
             self.sentences.setdefault(clip, []).extend(sentences)
         else:
-            self.bad.append(line)
+            self.bad.append((line, reason or "it names no clip"))
 
 
 class MsrVttListing:
@@ -65,7 +66,7 @@ class MsrVttListing:
         """See ``Source``. Addresses and sentences identify the listing, not the clips' contents."""
         rows = self._rows()
         if self._config.annotations is not None:
-            annotated = self._annotated(self._config.annotations)
+            annotated = self._annotated(self._config.annotations, rows)
             rows.sentences = {clip: annotated.get(clip, []) for clip in rows.sentences}
         addresses: dict[str, _Place] = {clip: (below_base(f"{clip}.mp4"), None) for clip in rows.sentences}
         yield from _listed(rows, addresses, self._name, self._file.url_of(self._name), hasher)
@@ -76,33 +77,29 @@ class MsrVttListing:
         rows = _Rows()
         try:
             with self._file.open(self._name) as stream:
-                reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-                for column in wanted:
-                    if column not in (there := reader.fieldnames or ()):
-                        other = "" if column == "video_id" else "; give its sentences as source.annotations"
-                        raise UserError(
-                            f"{url} has no column {column!r}; it has {', '.join(there) or 'none'}{other}"
-                        )
-                for row in reader:
-                    # A row that is too short has None in its last cells, a too long one has the key None.
-                    clip = None if None in row else row["video_id"]
-                    rows.add(reader.line_num, clip, [row.get("sentence")])
+                for row in table_rows(stream, url, None, wanted, address_column="video_id"):
+                    cells = row.cells or {}
+                    rows.add(row.number, cells.get("video_id"), [cells.get("sentence")], row.reason)
         except FileNotFoundError:
             raise UserError(f"no such file: {url}") from None
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{url} is not a CSV table in UTF-8: {error}") from None
+        except UserError as error:
+            if "has no column 'sentence'" in str(error):
+                raise UserError(f"{error}; give its sentences as source.annotations") from None
+            raise
         return rows
 
-    def _annotated(self, path: str) -> dict[str, list[Any]]:
-        """All sentences of each clip in the annotations file."""
+    def _annotated(self, path: str, rows: _Rows) -> dict[str, list[Any]]:
+        """All sentences of each clip in the annotations file; one of no clip is a bad row."""
         folder, name = folder_and_name(path)
         file = self._storage.resolve(folder)
         found: dict[str, list[Any]] = defaultdict(list)
         url = file.url_of(name)
         for number, sentence in enumerate(list_in(read_json(file, name), "sentences", url)):
-            if not isinstance(sentence, dict) or not isinstance(sentence.get("video_id"), str):
-                raise UserError(f"{url}: sentences[{number}] has no video_id")
-            found[sentence["video_id"]].append(sentence.get("caption"))
+            clip = sentence.get("video_id") if isinstance(sentence, dict) else None
+            if isinstance(clip, str):
+                found[clip].append(sentence.get("caption"))
+            else:
+                rows.bad.append((f"{name}:sentences[{number}]", "it has no video_id"))
         return found
 
 
@@ -138,17 +135,15 @@ class LsmdcListing:
         url, rows = self._file.url_of(self._name), _Rows()
         try:
             with self._file.open(self._name) as stream:
-                for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), start=1):
-                    if len(line) == _LONGEST_LINE:
-                        raise UserError(f"{url} line {number} is longer than {_LONGEST_LINE} bytes")
-                    if not line.strip():
+                for number, line in text_lines(stream, url):
+                    columns = [] if line is None else line.rstrip("\r\n").split("\t")
+                    if line is not None and not line.strip():
                         continue
-                    try:
-                        columns = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-                    except UnicodeDecodeError:
-                        columns = []
-                    good = len(columns) >= _LSMDC_COLUMNS
-                    rows.add(number, columns[0] if good else None, columns[-1:])
+                    if len(columns) >= _LSMDC_COLUMNS:
+                        reason = "" if is_text(line) else "it is not UTF-8"
+                    else:
+                        reason = "it is too long" if line is None else f"it has {len(columns)} columns"
+                    rows.add(number, None if reason else columns[0], columns[-1:], reason)
         except FileNotFoundError:
             raise UserError(f"no such file: {url}") from None
         return rows
@@ -157,7 +152,7 @@ class LsmdcListing:
         """Path below ``videos`` and size of each clip's file."""
         found: dict[str, _Place] = {}
         self.skipped.clear()
-        for path, size in self.skipped.visible(self._videos.list()):
+        for path, size in self.skipped.visible(self._videos.list(others=self.skipped.add_other)):
             clip, suffix = posixpath.splitext(posixpath.basename(path))
             if suffix.lower() not in VIDEO_SUFFIXES:
                 self.skipped.add_file(path)
@@ -187,7 +182,8 @@ def _listed(
         address, size = addresses[clip]
         feed(hasher, address.path, size, texts, not_text)
         yield Input.at(address, captions=texts, not_text=not_text, size=size)
-    for line in rows.bad:
-        item = Input(address=f"{escape_name(name)}:{line}", problem="bad-row")
+    for place, reason in rows.bad:
+        where = escape_name(place if isinstance(place, str) else f"{name}:{place}")
+        item = Input(address=where, problem="bad-row", reason=reason)
         feed(hasher, item.address, None, [], 0, item.problem)
         yield item

@@ -30,12 +30,13 @@ class Command:
         log: Path,
         environment: Mapping[str, str] | None = None,
         module: str = "pipeline",
+        folder: Path = ROOT,
     ) -> None:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                cwd=ROOT,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

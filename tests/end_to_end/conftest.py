@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading  # noqa: F401 - its hook is put back
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,6 +24,8 @@ def glscl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out + captured.err
 
+    for hooks in ("sys", "threading"):  # main sets them for the life of its process
+        monkeypatch.setattr(f"{hooks}.excepthook", sys.modules[hooks].excepthook)
     rooms = [logging.getLogger(room) for room in ("pipeline", "sharding", "cluster", "model")]
     levels = [room.level for room in rooms]
     yield call

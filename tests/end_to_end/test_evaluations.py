@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +19,25 @@ from pipeline.evaluation.attachments import items_from_parquet
 from pipeline.evaluation.ledger import Ledger, Outcome
 from pipeline.runs import read_record
 from sharding.storage import Storage, open_storage
+from tests.cluster.test_import_path import users_folder
 from tests.end_to_end.command import Command, committed
 from tests.end_to_end.conftest import Glscl
 from tests.fixtures.jobs import prepared_job, write_job
 
 pytestmark = pytest.mark.slow
+
+SECRET = "q7X/secret+zz= 9"
+
+
+def holders_of_the_secret(folder: Path) -> list[str]:
+    """Files that hold the secret in one of its spellings."""
+    spellings = [SECRET, quote(SECRET), quote(SECRET, safe=""), quote_plus(SECRET), json.dumps(SECRET)[1:-1]]
+    spellings += [base64.b64encode(SECRET.encode()).decode(), "secret+zz", "secret%2Bzz"]
+    return [
+        str(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and any(one.encode() in file.read_bytes() for one in spellings)
+    ]
 
 
 def finished(run: Storage) -> list[Outcome]:
@@ -48,12 +65,20 @@ def perfect(run: Storage, outcome: Outcome) -> None:
 def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_exported_by_its_address(
     glscl: Glscl, tmp_path: Path
 ) -> None:
+    """Also, since it leaves every kind of record: that none of them holds the passwords of the store's address."""
     tree = prepared_job(tmp_path) | {"name": "falls"}
+    tree["tracking"]["uri"] = (
+        f"sqlite:///file:{tmp_path}/mlflow.db?uri=true&password={quote(SECRET, safe='')}"
+    )
     tree["train"]["workers"] = 1
     tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
     file, run = write_job(tmp_path / "job.yaml", tree), open_storage(tmp_path / "storage").at("runs/falls")
-    command = Command("run", str(file), log=tmp_path / "first")
+    # In a folder of modules with the names of ours and of others: none of them is imported, in any process.
+    folder = users_folder(
+        tmp_path / "work", ("model", "sharding", "cluster", "statistics", "random", "torch")
+    )
+    command = Command("run", str(file), log=tmp_path / "first", folder=folder)
     command.wait_until(lambda: len(finished(run)) >= 1)
     command.kill()
     best = min(finished(run), key=lambda outcome: outcome.step)
@@ -62,7 +87,7 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     # The next life sees the next checkpoint fall, ends the workers, and says why.
     tree["evaluate"]["regression"] = [{"metric": "held-out/t2i_R1", "drop": 0.05, "action": "stop"}]
     write_job(file, tree)
-    again = Command("run", str(file), log=tmp_path / "second")
+    again = Command("run", str(file), log=tmp_path / "second", folder=folder)
     assert again.wait() == 1, again.output
     errors = [line for line in again.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -90,8 +115,11 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     # By the run's address alone, with another version of the task.
     override = ("--set", "evaluate.after=end", "--set", "evaluate.tasks.0.rerank=2")
     output = Command(
-        "evaluate", run.url, *override, "--missing", "--tasks", "held-out", log=tmp_path / "third"
+        *("evaluate", run.url, *override, "--missing", "--tasks", "held-out"),
+        log=tmp_path / "third",
+        folder=folder,
     ).succeed()
+    assert not (folder / "seen").exists(), (folder / "seen").read_text()
     assert [o.step for o in finished(run) if o.version != best.version] == steps
     assert all(str(step) in output for step in steps)
 
@@ -100,3 +128,6 @@ def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_export
     card = (tmp_path / "model" / "README.md").read_text()
     assert "`held-out`" in card
     assert "not recorded" not in card  # the manifests are found though they are not in the job's storage
+
+    assert (tmp_path / "mlflow.db").stat().st_size > 0
+    assert holders_of_the_secret(tmp_path) == [str(file)]  # the job's own file

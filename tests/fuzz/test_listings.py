@@ -21,12 +21,11 @@ from pipeline.evaluation.tasks.nlvr2.data import NLVR2Data, load_statements
 from pipeline.evaluation.tasks.vqa.data import VQAData, load_questions
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.foreign import index_shards
-from sharding.manifest import Counts
 from sharding.storage import open_storage
 from tests.fixtures.fuzz import Fuzz, read_or_refuse
 from tests.fuzz import media_seeds
 from tests.fuzz.mutations import mutated_bytes, mutated_json, to_json, to_json_lines
-from tests.fuzz.preparation import prepare_files
+from tests.sharding.preparation import Prepared, prepare_files
 
 _PNG = media_seeds.images()[4]
 _FILES = {f"{number}.png": _PNG for number in range(6)}
@@ -36,9 +35,7 @@ _TABLE = {"kind": "table", "path_column": "file", "caption_column": "caption"}
 _OUTSIDE = {"outside.png": _PNG}
 
 
-def _prepared(
-    files: Mapping[str, bytes], source: Mapping[str, Any], name: str
-) -> tuple[Counts, list[str]] | None:
+def _prepared(files: Mapping[str, bytes], source: Mapping[str, Any], name: str) -> Prepared | None:
     """None where the whole file is refused; then the error names it."""
     return read_or_refuse(lambda: prepare_files({**files, **_OUTSIDE}, source), UserError, name)
 
@@ -62,7 +59,7 @@ def test_every_line_of_json_is_kept_or_counted(fuzz: Fuzz):
         )
         if found is not None:
             # Lines end at \n alone, and a line of white space is none.
-            assert found[0].inputs == sum(bool(line.strip()) for line in data.split(b"\n"))
+            assert found.counts.inputs == sum(bool(line.strip()) for line in data.split(b"\n"))
 
     fuzz("jsonl", mutated_json([_ROWS], to_json_lines), check, 60)
 
@@ -75,7 +72,7 @@ def test_every_line_of_a_table_in_text_is_kept_or_counted(fuzz: Fuzz, suffix: st
         found = _prepared({**_FILES, name: data}, {**_TABLE, "path": "{folder}/" + name}, name)
         if found is not None and suffix == "tsv":
             lines = [line for line in data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n") if line]
-            assert found[0].inputs == len(lines) - 1
+            assert found.counts.inputs == len(lines) - 1
 
     quoted = b'file,caption\n0.png,"a, b"\n1.png,"two\nlines"\n2.png,"a ""word"""\n3.png,x\n'
     seeds = (
@@ -89,7 +86,7 @@ def test_every_row_of_parquet_is_kept_or_counted(fuzz: Fuzz):
         name = "pairs.parquet"
         found = _prepared({**_FILES, name: data}, {**_TABLE, "path": "{folder}/" + name}, name)
         if found is not None:
-            assert found[0].inputs == pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+            assert found.counts.inputs == pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
 
     lists = [{**row, "caption": [row["caption"], "another"]} for row in _ROWS]
     seeds = [
@@ -125,7 +122,7 @@ def test_every_image_of_an_annotation_file_is_kept_or_counted(fuzz: Fuzz, kind: 
     def check(data: bytes) -> None:
         found = _prepared({**_FILES, "list.json": data}, source, "list.json")
         if found is not None:
-            assert found[0].inputs >= len(json.loads(data)["images"])
+            assert found.counts.inputs >= len(json.loads(data.decode("utf-8", "surrogateescape"))["images"])
 
     fuzz(kind, mutated_json([tree]), check, 60)
 
@@ -218,8 +215,8 @@ def test_a_damaged_caption_file_costs_its_sample_alone(fuzz: Fuzz, suffix: str, 
     def check(data: bytes) -> None:
         files = {"a.png": _PNG, f"a{suffix}": data, "b.png": media_seeds.images()[3], f"b{suffix}": control}
         found = prepare_files(files, {"kind": "folder", "path": "{folder}", "captions": suffix})
-        assert found[0].inputs == 2
-        assert "b.png" in found[1]
+        assert found.counts.inputs == 2
+        assert "b.png" in [sample.source for sample in found.samples]
 
     fuzz(f"sidecar{suffix}", strategy, check, 40)
 

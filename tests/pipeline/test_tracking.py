@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import shutil
 import socket
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from pipeline.tracking import (
@@ -27,6 +30,8 @@ from pipeline.tracking import (
 from pipeline.tracking.connection import connect
 from pipeline.tracking.links import run_page
 from pipeline.tracking.results import RunResults
+from pipeline.tracking.runs import find_run
+from sharding.errors import UserError
 from sharding.storage import Storage, open_storage
 from tests.pipeline.mlflow_server import MlflowServer, free_port
 
@@ -431,9 +436,123 @@ def test_a_store_that_mlflow_cannot_open_is_refused_before_anything_starts() -> 
     assert "hunter2" not in repr(TrackingConfig(uri="http://me:hunter2@host"))
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mysql:u:hunter2@host/db",
+        "http:/u:hunter2@host",
+        "http://u:hunter2/x@host:5000",
+        "http://host:hunter2",
+        "http://[hunter2",
+        "https://",
+        "postgresql://u:hun@ter2@host/db",
+        "postgresql://u:x@host:hunter2/db",
+        "postgresql://u:p@host/hunter2@db",
+        "redis://u:hunter2@host",
+        "http://host/\nhunter2",
+        "x",
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_without_quoting_it(uri: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        TrackingConfig(uri=uri)
+    assert "hun" not in str(error.value)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: ") as refused:
+        TrackingConfig().resolved(Path("/x"), {"MLFLOW_TRACKING_URI": uri})
+    assert "hun" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "postgresql://me:q7X/SECRET+zz=@host:5432/db",
+            "mysql+pymysql://u%40corp:p SECRET?d@h/db",
+            "databricks",
+        ),
+        *("http://team:a@SECRET@host:5000", "http://[::1]:5000", "databricks://profile", "sqlite:///a@b.db"),
+        *("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3DSECRET", "http://host/a@b"),
+    ],
+)
+def test_what_sqlalchemy_and_mlflow_take_is_taken_and_shown_without_its_password(uri: str) -> None:
+    config = TrackingConfig(uri=f" {uri}\n")
+    assert config.uri == uri
+    assert "SECRET" not in config.address
+
+
 def test_a_relative_store_is_the_same_file_for_every_process(tmp_path: Path) -> None:
-    assert TrackingConfig().resolved(tmp_path).uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert TrackingConfig().resolved(tmp_path, {}).uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert TrackingConfig(uri="sqlite:///a/b.db").resolved(tmp_path).uri == f"sqlite:///{tmp_path}/a/b.db"
+    address = f"sqlite:///file:{tmp_path}/b.db?uri=true"
+    assert TrackingConfig(uri=address).resolved(Path("/x")).uri == address
+
+
+def test_mlflows_variables_stand_in_for_what_the_block_leaves_out(tmp_path: Path) -> None:
+    said = {"MLFLOW_TRACKING_URI": "http://me:hunter2@host:5000", "MLFLOW_EXPERIMENT_NAME": "team"}
+
+    def found(environment: dict[str, str], **block: Any) -> tuple[str | None, str | None, str | None]:
+        config = TrackingConfig(**block).resolved(tmp_path, environment)
+        assert config.resolved(Path("/elsewhere"), {"MLFLOW_TRACKING_URI": "http://other"}).uri == config.uri
+        return config.uri, config.experiment, config.experiment_id
+
+    uri, own = said["MLFLOW_TRACKING_URI"], f"sqlite:///{tmp_path}/mlflow.db"
+    assert found(said) == (uri, "team", None)
+    assert found(said, uri="http://mine") == ("http://mine", "team", None)
+    assert found(said, experiment="mine") == (uri, "mine", None)
+    assert found({"MLFLOW_EXPERIMENT_ID": "7"}) == (own, None, "7")
+    assert found(said | {"MLFLOW_EXPERIMENT_ID": "7"}) == (uri, "team", None)
+    assert found({"MLFLOW_EXPERIMENT_ID": "7"}, experiment="mine") == (own, "mine", None)
+    assert found({"MLFLOW_TRACKING_URI": " ", "MLFLOW_EXPERIMENT_NAME": ""}) == (own, "glscl", None)
+    # A run's record has the address without credentials; the variable of the same address has them.
+    assert found(said, uri="http://host:5000") == (uri, "team", None)
+    assert found(said, uri="http://host:5001") == ("http://host:5001", "team", None)
+    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME: is longer than"):
+        TrackingConfig().resolved(tmp_path, {"MLFLOW_EXPERIMENT_NAME": "x" * 501})
+    with pytest.raises(ValidationError, match="not both"):
+        TrackingConfig(experiment="a", experiment_id="1")
+
+
+def test_workers_get_the_drivers_variables_of_the_connection_and_keep_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver = {"MLFLOW_TRACKING_PASSWORD": "hunter2", "MLFLOW_TRACKING_USERNAME": "driver", "PATH": "/x"}
+    config = pickle.loads(pickle.dumps(TrackingConfig().resolved(tmp_path, driver)))  # noqa: S301 - made here
+    assert "hunter2" not in repr(config) + config.model_dump_json() + str(flatten_params(config))
+    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_USERNAME": "worker", "PATH": "/y"})
+    config.apply_variables()
+    assert os.environ == driver | {"MLFLOW_TRACKING_USERNAME": "worker", "PATH": "/y"}
+
+
+def test_the_registry_is_where_the_runs_are(
+    embedded: TrackingConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/registry.db")
+    assert connect(embedded)._registry_uri == embedded.uri
+
+
+def test_an_experiment_is_found_by_its_id(embedded: TrackingConfig) -> None:
+    number = connect(embedded).create_experiment("by hand")
+    config = TrackingConfig(uri=embedded.uri, experiment_id=number)
+    handle = open_run(config, name="a", key="by-id", params={}, tags={})
+    assert handle.experiment_id == number
+    assert find_run(connect(config), config, "by-id") == handle.run_id
+    with pytest.raises(MlflowException, match="No Experiment with id=77"):
+        open_run(config.model_copy(update={"experiment_id": "77"}), name="a", key="k", params={}, tags={})
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_starts(tmp_path: Path) -> None:
+    def refusal(path: str) -> str:
+        with pytest.raises(UserError) as caught:
+            TrackingConfig(uri=f"sqlite:///{tmp_path}/{path}").check()
+        return str(caught.value)
+
+    (tmp_path / "text.db").write_text("hello, this is no database")
+    (tmp_path / "folder.db").mkdir()
+    assert "is no SQLite database" in refusal("text.db")
+    assert "cannot be written" in refusal("folder.db")
+    assert "cannot be made, since" in refusal("text.db/x/mlflow.db")
+    TrackingConfig(uri=f"sqlite:///{tmp_path}/new/mlflow.db").check()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.server

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def _row(task: int, row: int, sha256: int, phash: int, pixels: int, part: int | 
 
 def _corpus(seed: int = 0) -> list[list[IndexRow]]:
     """Tasks of uneven sizes, one of them empty, with copies, near ones and blank ones in and across tasks."""
-    draw = random.Random(seed)
+    draw, captions = random.Random(seed), random.Random(seed + 1)
     tasks: list[list[IndexRow]] = []
     hashes = [0]
     for task in range(TASKS):
@@ -52,7 +53,8 @@ def _corpus(seed: int = 0) -> list[list[IndexRow]]:
                 phash ^= 1 << draw.randrange(64)
             hashes.append(phash)
             part = draw.choice([None, 0, 1])
-            rows.append(_row(task, row, draw.randrange(150), phash, draw.getrandbits(8), part))
+            made = _row(task, row, draw.randrange(150), phash, draw.getrandbits(8), part)
+            rows.append(replace(made, text_xxh3=captions.getrandbits(1), captions=captions.choice([1, 2])))
         tasks.append(rows)
     return tasks
 
@@ -97,9 +99,14 @@ def _cause(row: IndexRow, earlier: list[IndexRow], block: dict) -> str | None:
         near = any((row.phash ^ one.phash).bit_count() <= block["distance"] for one in earlier)
         return "near-duplicate" if near else None
     if block.get("by") == "pixels":
-        return "duplicate-pixels" if any(row.pixels == one.pixels for one in earlier) else None
-    same = any((row.sha256, row.key[14:]) == (one.sha256, one.key[14:]) for one in earlier)
-    return "duplicate" if same else None
+        equal = [one for one in earlier if row.pixels == one.pixels]
+    else:
+        equal = [one for one in earlier if (row.sha256, row.key[14:]) == (one.sha256, one.key[14:])]
+    if not equal:
+        return None
+    if all((row.text_xxh3, row.captions) != (one.text_xxh3, one.captions) for one in equal):
+        return "duplicate-other-caption"
+    return "duplicate-pixels" if block.get("by") == "pixels" else "duplicate"
 
 
 @pytest.mark.parametrize("filters", [FILTERS, FILTERS[::-1], FILTERS[1:2], [FILTERS[0]]])
@@ -107,7 +114,9 @@ def test_the_exchange_drops_what_a_look_at_every_pair_drops(tmp_path, filters):
     tasks = _corpus()
     expected = _expected(tasks, filters)
     causes = {cause for dropped in expected for cause in dropped.values()}
-    assert len(causes) == len(filters)
+    exact = any(block["kind"] == "duplicates" for block in filters)
+    assert len(causes) == len(filters) + exact
+    assert ("duplicate-other-caption" in causes) is exact
     assert _run(_exchange(open_storage(tmp_path), _stage(open_storage(tmp_path), tasks), filters)) == expected
 
 

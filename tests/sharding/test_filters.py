@@ -21,7 +21,7 @@ from sharding.filters.build import build_filters
 from sharding.filters.config import FilterConfig, chosen
 from sharding.filters.duplicates import digest_words, later_copies
 from sharding.filters.resolve import resolved
-from sharding.filters.words import BlockedWords
+from sharding.filters.words import BlockedWords, count_words, words
 from sharding.media import Encoded, MediaInfo
 from sharding.sources import Input
 from sharding.sources.fetch import Fetched
@@ -137,11 +137,63 @@ def test_language_probabilities_are_normalised():
         ("c++", "vitamin c today", False),
         ("bad", "b\u200bad", True),  # a zero-width space hides nothing
         ("狗", "一只狗在跑", True),
+        ("ก", "กี่", False),  # in scripts without spaces too
+        ("น้ำ", "เล่นน้ำที่", True),
+        ("ガラス", "ｶﾞﾗｽの窓", True),  # half width
         ("का", "काम", False),  # a mark belongs to its word
     ],
 )
 def test_blocked_words_are_whole_words_in_any_case_and_form(entry, caption, hit):
     assert (BlockedWords([entry]).objection(caption) == "blocked-words") is hit
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("a dog runs", 3),
+        ("狗在跑", 3),
+        ("猫が窓のそばで眠っている", 12),
+        ("สุนัขวิ่ง", 5),  # vowels and tones above and below are marks
+        ("ຫມາກິນ", 5),
+        ("ឆ្កែរត់", 4),
+        ("ခွေးပြေး။", 2),
+        ("강아지가 잔디밭에서 뛴다", 3),  # Korean has spaces
+        ("我有2只iPhone手机", 7),
+        ("ｶﾞﾗｽの窓", 5),
+        ("ｈｅｌｌｏ　ｗｏｒｌｄ", 2),
+        ("「猫」です。", 3),
+        ("猫 🐶 dog-friendly -- 々", 5),
+        ("๒๕๖๓ ปี", 2),  # a number is one
+        ("𠮷野家", 3),  # beyond the basic plane
+        ("काम करो", 2),
+        ("naïve cafe\u0301", 2),
+        ("。", 1),
+        ("", 0),
+    ],
+)
+def test_words_are_counted_by_their_script(caption, found):
+    assert count_words(caption) == len(words(caption)) == found
+
+
+@pytest.mark.parametrize(
+    ("block", "caption", "cause"),
+    [
+        (_caption(min_words=4), "狗在跑", "caption-too-short"),
+        (_caption(min_words=3), "狗在跑", None),
+        (_caption(max_words=60), "狗" * 600, "caption-too-long"),
+        (_caption(max_repeated_words=0.4), "买买买它", "caption-repetitive"),
+        (_caption(max_repeated_words=0.5), "买买买它", None),
+        (_caption(max_repeated_words=0.4), "buy ＢＵＹ buy 它", None),
+        (_caption(min_letters=0.9), "ခွေးပြေး", None),  # mostly marks
+        (_caption(min_letters=0.9), "कुत्ता दौड़ता है", None),
+        (_caption(min_letters=0.9), "狗狗。。", "caption-characters"),
+    ],
+)
+def test_limits_on_words_hold_in_scripts_without_spaces(block, caption, cause):
+    objections = [
+        rule.objection(caption) for rule in build_filters(_config(filters=[block]).filters).captions
+    ]
+    assert next((found for found in objections if found), None) == cause
 
 
 def test_a_blocked_word_drops_its_caption_or_the_sample_as_configured():

@@ -118,7 +118,10 @@ def test_a_cut_image_is_bad_data(kind):
 
 
 def test_formats_that_run_programs_are_not_opened():
-    assert _cause(decode_image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n") == "decode-failed"
+    assert (
+        _cause(decode_image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+        == "unsupported-postscript"
+    )
 
 
 def test_images_are_shrunk_by_the_shorter_side_and_never_enlarged():

@@ -68,7 +68,7 @@ def test_a_video_dataset_of_all_clips(tmp_path, videos, ray_session):
     # Three whole clips and a rest of 0.4 s that just counts; one; two; the copy of the second; the broken one.
     assert counts.inputs == 5
     assert (counts.read, counts.kept) == (9, 7)
-    assert counts.dropped == {"decode-failed": 1, "duplicate": 1}
+    assert counts.dropped == {"decode-failed": 1, "duplicate-other-caption": 1}
     dataset = storage.at(prepared.path)
     rows = read_index(dataset.read_bytes("000000.parquet")).to_pylist()
     assert [row["key"] for row in rows] == [
@@ -89,7 +89,7 @@ def test_an_image_dataset_of_frames_of_videos(tmp_path, videos, ray_session):
     prepared = prepare("frames", config, storage, in_flight=2)
     assert prepared.manifest.modality == "image"
     assert prepared.manifest.counts.kept == 5
-    assert prepared.manifest.counts.dropped == {"decode-failed": 1, "duplicate": 1}
+    assert prepared.manifest.counts.dropped == {"decode-failed": 1, "duplicate-other-caption": 1}
     dataset = storage.at(prepared.path)
     rows = read_index(dataset.read_bytes("000000.parquet")).to_pylist()
     assert [(row["key"][-11:], row["extension"], row["frames"]) for row in rows] == [

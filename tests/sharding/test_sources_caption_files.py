@@ -172,3 +172,47 @@ def test_images_are_read_below_their_folder(tmp_path):
     (got,) = fetched(config, open_storage(tmp_path / "elsewhere"))
     assert got.media == b"pixels"
     assert got.input.captions == ["A man.", "A person."]
+
+
+def test_whatever_an_entry_holds_it_costs_that_entry(tmp_path):
+    value = {
+        "images": [
+            {"id": 1, "file_name": "a.jpg"},
+            {"id": True, "file_name": "b.jpg"},
+            {"id": [], "file_name": "c.jpg"},
+        ],
+        "annotations": [
+            {"image_id": 1, "caption": "good"},
+            {"image_id": 1, "caption": "LATIN"},
+            {"image_id": 1, "caption": "half \ud83d"},
+            {"image_id": "\ud83d", "caption": "of no image"},
+            {"image_id": "HUGE", "caption": "x"},
+            {"image_id": {"a": 1}, "caption": "x"},
+        ],
+    }
+    text = json.dumps(value).encode().replace(b'"HUGE"', b"9" * 9000).replace(b"LATIN", b"caf\xe9")
+    (tmp_path / "c.json").write_bytes(text)
+    inputs, _ = listed(source(tmp_path / "c.json", kind="coco", images=str(tmp_path)))
+    assert [(item.address, item.problem, item.captions, item.not_text) for item in inputs] == [
+        ("a.jpg", None, ["good"], 2),
+        ("c.json:images[1]", "bad-row", [], 0),
+        ("c.json:images[2]", "bad-row", [], 0),
+        ("c.json:annotations[4]", "bad-row", [], 0),
+        ("c.json:annotations[5]", "bad-row", [], 0),
+        ("c.json:image \\ud83d", "bad-row", [], 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"images": [\n{]', r"not JSON \(line 2\): "),
+        ('{"images": []}'.encode("utf-16") + b"x", "not JSON: it is not UTF-8"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_json_is_named_with_the_line(tmp_path, text, message):
+    (tmp_path / "c.json").write_bytes(text)
+    with pytest.raises(UserError, match=rf"c\.json is .*{message}|c\.json {message}"):
+        listed(source(tmp_path / "c.json", kind="coco", images=str(tmp_path)))

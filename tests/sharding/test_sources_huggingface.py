@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 import datasets
 import pyarrow as pa
@@ -92,6 +93,39 @@ def test_parquet_folders_and_raw_binary_columns_are_read(tmp_path):
     raw.save_to_disk(str(tmp_path / "raw"))
     results = _read(tmp_path / "raw")
     assert (results[0].media, results[1].fault.cause) == (b"one", "media-missing")
+
+
+def test_rows_of_one_picture_are_brought_together_by_a_column(tmp_path):
+    rows = {
+        "image": [_png(7 if n % 2 else 3) if n != 5 else b"other" for n in range(6)],
+        "id": ["odd" if n % 2 else "even" for n in range(6)],
+        "text": [f"c{n}" if n != 4 else None for n in range(6)],
+    }
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    results = _read(tmp_path / "saved", group_by="id")
+    found = [(item.input.address, item.media, item.input.captions, item.input.problem) for item in results]
+    assert found == [
+        ("train/0", _png(3), ["c0", "c2"], None),
+        ("train/1", _png(7), ["c1", "c3"], None),
+        ("train/5", b"", [], "bad-row"),
+    ]
+    with pytest.raises(UserError, match="has no column 'picture'"):
+        _read(tmp_path / "saved", group_by="picture")
+
+
+def test_cells_that_are_not_utf8_cost_their_row(tmp_path):
+    column = pa.Array.from_buffers(
+        pa.utf8(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 2)), pa.py_buffer(b"a\xe9")]
+    )
+    (tmp_path / "p").mkdir()
+    pq.write_table(
+        pa.table({"text": column, "url": ["http://h/a", "http://h/b"]}), tmp_path / "p" / "0.parquet"
+    )
+    config = _config(tmp_path / "p", media_column=None, url_column="url")
+    inputs, _ = listed(open_source(config, open_storage(tmp_path)))
+    assert [(item.address, item.captions, item.not_text) for item in inputs] == [
+        ("http://h/a", ["a"], 0), ("http://h/b", [], 1),
+    ]  # fmt: skip
 
 
 def test_image_and_video_folders_give_the_files(tmp_path):

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from sharding.errors import UserError
-from sharding.sources import Input
-from sharding.sources import video_lists as module
+from sharding.sources import Input, rows
 from sharding.sources.addresses import BelowBase
 from sharding.storage import open_storage
 from tests.sharding.listings import configured, fetched, listed, source
@@ -113,11 +112,6 @@ def test_the_9k_list_takes_all_sentences_of_the_annotations(tmp_path):
         ("video_id,sentence\n", None, "empty corpus: .*test.csv lists no clips"),
         (TRAIN, "{}", r"data\.json has no list 'sentences'"),
         (TRAIN, "{", r"data\.json is not JSON"),
-        (
-            TRAIN,
-            '{"sentences": [{"video_id": "video0", "caption": "a"}, {}]}',
-            r"sentences\[1\] has no video_id",
-        ),
     ],
 )
 def test_files_that_are_not_of_msr_vtt_are_user_errors(tmp_path, text, data, message):
@@ -127,6 +121,28 @@ def test_files_that_are_not_of_msr_vtt_are_user_errors(tmp_path, text, data, mes
         options = {"annotations": str(tmp_path / "data.json")}
     with pytest.raises(UserError, match=message):
         listed(msrvtt(tmp_path, text, **options))
+
+
+def test_a_sentence_of_no_clip_costs_that_sentence(tmp_path):
+    sentences = [{"video_id": "video0", "caption": "a"}, {}, 7, {"video_id": ["video0"], "caption": "b"}]
+    text = json.dumps({"sentences": sentences, "info": "LATIN"}).encode().replace(b"LATIN", b"caf\xe9")
+    (tmp_path / "data.json").write_bytes(text.replace(b'"caption": "b"', b'"caption": ' + b"7" * 6000))
+    inputs, _ = listed(msrvtt(tmp_path, "video_id\nvideo0\n", annotations=str(tmp_path / "data.json")))
+    assert inputs[0] == Input.at(BelowBase("video0.mp4"), captions=["a"])
+    places = [(item.address, item.problem) for item in inputs[1:]]
+    assert places == [(f"data.json:sentences[{n}]", "bad-row") for n in (1, 2, 3)]
+
+
+def test_an_unclosed_quotation_in_a_list_costs_its_line(tmp_path):
+    text = 'video_id,sentence\nvideo1,"a cat\nvideo2,a dog\nvideo3,"a ""big"" cow,\nin two lines"\nvideo4,caf\udce9\n'
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    found = source(tmp_path / "list.csv", kind="msrvtt", modality="video", videos=str(tmp_path))
+    assert [(item.address, item.captions, item.not_text, item.problem) for item in listed(found)[0]] == [
+        ("video2.mp4", ["a dog"], 0, None),
+        ("video3.mp4", ['a "big" cow,\nin two lines'], 0, None),
+        ("video4.mp4", [], 1, None),
+        ("list.csv:2", [], 0, "bad-row"),
+    ]
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
@@ -154,7 +170,9 @@ def test_lsmdc_clips_are_found_wherever_they_lie(tmp_path):
         ),
         Input.at(BelowBase(f"{SECOND}.avi"), captions=["SOMEONE drives, fast."], size=1),
         Input.at(BelowBase(f"1012_Unbreakable/{THIRD}.avi"), captions=["He waits."]),
-        Input(address="LSMDC16_challenge_1000_publictect.csv:5", problem="bad-row"),
+        Input(
+            address="LSMDC16_challenge_1000_publictect.csv:5", problem="bad-row", reason="it names no clip"
+        ),
     ]
     (tmp_path / "movies" / f"{SECOND}.avi").write_bytes(b"longer")
     assert listed(lsmdc(tmp_path))[1] != digest
@@ -195,6 +213,8 @@ def test_a_file_of_lsmdc_that_is_no_list_is_refused(tmp_path, monkeypatch):
     put(tmp_path, f"{FIRST}.avi")
     with pytest.raises(UserError, match="empty corpus"):
         listed(lsmdc(tmp_path, "\n"))
-    monkeypatch.setattr(module, "_LONGEST_LINE", 20)
-    with pytest.raises(UserError, match="line 1 is longer than 20 bytes"):
-        listed(lsmdc(tmp_path))
+    monkeypatch.setattr(rows, "LONGEST_LINE", 200)
+    with pytest.raises(UserError, match="empty corpus"):
+        listed(lsmdc(tmp_path, "x" * 400))
+    inputs, _ = listed(lsmdc(tmp_path, LSMDC.splitlines()[2] + "\n" + "x" * 400))
+    assert [(item.problem, item.reason) for item in inputs] == [(None, None), ("bad-row", "it is too long")]

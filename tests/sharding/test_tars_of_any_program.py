@@ -9,16 +9,18 @@ import tarfile
 
 import pytest
 
+from sharding import foreign
 from sharding.captions import NotText, is_text, stored_captions
 from sharding.errors import BadData, BadDataLimit, UserError
 from sharding.foreign import index_shards
 from sharding.manifest import load_manifest
 from sharding.names import escape_name
 from sharding.reader import ShardReader
-from sharding.sources.tars import walk_tar
+from sharding.sources.tars import Truncated, walk_tar
 from sharding.storage import open_storage
 from sharding.tarnames import split_name
 from sharding.tarwalk import TarWalk
+from sharding.verify import verify
 from tests.sharding.foreign_tars import write_tar
 from tests.sharding.listings import configured, fetched
 from tests.sharding.real_media import picture
@@ -160,15 +162,12 @@ def test_a_header_that_claims_anything_is_an_error_with_its_byte_and_takes_no_me
     data = HOSTILE[what] + bytes(10240)
     (tmp_path / "0.tar").write_bytes(data)
     storage = open_storage(tmp_path)
-    try:
-        members = list(TarWalk(io.BytesIO(data), "0.tar").members())
-    except BadData as error:
-        assert error.cause in ("bad-tar", "truncated-shard")
-        assert "byte" in error.detail
-        members = None
+    walked = _walked(data)
     listed = fetched(configured(kind="webdataset", path=str(tmp_path / "0.tar"), truncated="count"), storage)
     assert listed, "nothing was counted"
-    if members is None:
+    if isinstance(walked, BadData):
+        assert walked.cause in ("bad-tar", "truncated-shard")
+        assert "byte" in walked.detail
         assert {item.fault.cause for item in listed} <= {"truncated-tar", "media-missing", "caption-missing"}
     with pytest.raises((BadData, BadDataLimit, UserError)):
         index_shards(storage, "image")
@@ -184,16 +183,20 @@ def test_a_tar_with_any_byte_changed_is_read_or_refused_in_both_ways(tmp_path):
         changed = bytearray(whole)
         changed[place] ^= 1 << place % 8
         (tmp_path / "0.tar").write_bytes(changed)
-        try:
-            walked = [member.name for member, _ in TarWalk(io.BytesIO(changed), "0.tar").members()]
-        except BadData:
-            walked = None
+        walked = _walked(changed)
         try:
             listed = [member.name for member in walk_tar(storage, "0.tar", len(changed))]
-        except Exception as error:
-            assert type(error).__name__ == "Truncated", error
+        except Truncated:
             listed = None
-        assert walked == listed
+        assert (None if isinstance(walked, BadData) else walked) == listed
+
+
+def _walked(data):
+    """Names of the members, or why there are none."""
+    try:
+        return [member.name for member, _ in TarWalk(io.BytesIO(data), "0.tar").members()]
+    except BadData as error:
+        return error
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,37 @@ def test_captions_of_other_programs_are_text_or_none(description, text, captions
     else:
         with pytest.raises(captions):
             stored_captions(data, text, "caption")
+
+
+def test_a_caption_that_no_tokenizer_reads_in_shards_that_are_there_is_masked_with_its_key(
+    tmp_path, monkeypatch
+):
+    members = []
+    for number in range(3):
+        caption = f"number {number}" + (HALF if number == 1 else "")
+        members += [
+            (f"{number}.jpg", picture(number)),
+            (f"{number}.json", json.dumps({"caption": caption}).encode()),
+        ]
+    write_tar(tmp_path / "0.tar", members)
+    # As a version of this program indexed it that did not look.
+    monkeypatch.setattr(foreign, "stored_captions", lambda value, words, field: [json.loads(value)[field]])
+    storage = open_storage(tmp_path)
+    manifest = index_shards(storage, "image")
+    found = dict(ShardReader(storage, manifest).read_many([(0, row) for row in range(3)]))
+    assert [found[row].captions for row in (0, 2)] == [["number 0"], ["number 2"]]
+    assert (found[1].cause, "0.tar, key 1" in found[1].detail) == ("bad-json", True)
+    assert [(fault.cause, fault.key) for fault in verify(storage, manifest).faults] == [("bad-json", "1")]
+
+
+def test_a_key_that_was_left_out_is_told_with_its_reason(tmp_path):
+    good = [("a.jpg", picture(0)), ("a.txt", b"x")]
+    write_tar(tmp_path / "0.tar", [*good, ("b.jpg", picture(1)), ("b.txt", b"\xff")])
+    storage = open_storage(tmp_path)
+    manifest = index_shards(storage, "image", bad_limit=0.5)
+    assert manifest.samples == 1
+    assert "caption-not-text: the text member is not UTF-8" in (foreign.left_out(storage, "b") or "")
+    assert foreign.left_out(storage, "c") is None
 
 
 @pytest.mark.parametrize("captions", [["x", HALF], [HALF], []])

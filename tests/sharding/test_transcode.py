@@ -166,8 +166,8 @@ def test_colours_come_through_whatever_matrix_the_source_was_coded_with():
 def test_frames_of_uneven_times_are_shown_when_they_are_due():
     data = _clip(frames=6, fps=10, times=[0, 1, 2, 12, 13, 14])
     clip = transcode_video(data, VideoConfig(resize=20))
-    assert _frames(clip.data)[:5] == [0, 2, 2, 2, 2]
-    assert clip.info.duration == pytest.approx(1.7, abs=0.3)
+    assert _frames(clip.data) == [0, 1, *[2] * 10, 3, 4, 5]
+    assert clip.info.duration == pytest.approx(1.5)
 
 
 def test_the_header_tells_frames_and_seconds():

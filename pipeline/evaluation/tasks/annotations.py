@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from sharding.captions import is_text
 from sharding.errors import UserError
 from sharding.sources.base import feed, folder_and_name
 from sharding.storage import normalise_url
@@ -76,7 +77,7 @@ def read_rows(
         for path, value in _Scanner(stream, url).members(key):
             if path is None:
                 rows.append(_converted(value, convert, f"{url}, {key}[{len(rows)}]"))
-            elif isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _HEADER_TEXT):
+            elif isinstance(value, int | float) or (is_text(value) and len(value) <= _HEADER_TEXT):
                 header[path] = value
     return rows, header
 
@@ -126,10 +127,8 @@ def text_of(row: dict[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is not text but {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{key!r} holds half a surrogate pair, which is no text") from None
+    if not is_text(value):
+        raise ValueError(f"{key!r} holds half a surrogate pair, which is no text")
     return value
 
 

@@ -145,8 +145,23 @@ def test_a_vocabulary_of_a_file_is_taken_in_its_order(run: Run) -> None:
     assert training.labels == 2
     assert len(training.data) == 12  # the questions about the heart
     run.storage.write_json("answers.json", ["lamp", "sofa"])
-    with pytest.raises(UserError, match="no answer of 'train' is in the vocabulary"):
+    with pytest.raises(UserError, match="no answer of 'train' is in the vocabulary of 2 answers") as caught:
         opened(run, task)
+    assert "e.g. train.0, question " in str(caught.value)
+
+
+def test_answers_of_one_annotator_each_are_learnt_from(run: Run) -> None:
+    task = vqa_task(run.storage)
+    annotations = run.storage.read_json("vqa/train-a.json")
+    for one in annotations["annotations"]:
+        one["answers"] = [{"answer": f"The {one['multiple_choice_answer'].title()}."}]
+    run.storage.write_json("vqa/train-a.json", annotations)
+    training = opened(run, task)
+    assert isinstance(training.data, ExampleTable)
+    assert len(training.data) == len(annotations["annotations"])
+    assert {
+        score for number in range(len(training.data)) for _, score in training.data.example(number, 0).labels
+    } == {1.0}
 
 
 def test_a_pair_comes_left_image_first_with_its_label(run: Run) -> None:

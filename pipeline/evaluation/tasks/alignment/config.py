@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.evaluation.tasks.annotations import digest_of
 from pipeline.evaluation.tasks.base import TaskConfig
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -21,8 +22,8 @@ class AlignmentTask(TaskConfig):
     """
 
     kind: Literal["alignment"] = "alignment"
-    annotations: str
-    images: str
+    annotations: GivenPath
+    images: GivenPath
 
     def data_digest(self, storage: Storage, datasets: Mapping[str, Storage]) -> str:
         if self.annotations.endswith(".pkl"):

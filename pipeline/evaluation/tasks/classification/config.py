@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from pipeline.evaluation.tasks.annotations import digest_of
 from pipeline.evaluation.tasks.base import TaskConfig
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -27,9 +28,9 @@ class ClassificationTask(TaskConfig):
     """
 
     kind: Literal["classification"] = "classification"
-    images: str
+    images: GivenPath
     prompts: list[str] = Field(default=["a photo of a {}."], min_length=1)
-    class_names: str | None = None
+    class_names: GivenPath | None = None
 
     @field_validator("prompts")
     @classmethod

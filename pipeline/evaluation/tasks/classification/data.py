@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.evaluation.tasks.annotations import require
 from pipeline.evaluation.tasks.pictures import ImageAddress
+from sharding.captions import is_text
 from sharding.errors import UserError
 from sharding.sources.base import IMAGE_SUFFIXES
 
@@ -120,7 +121,7 @@ def _given_names(storage: Storage, address: str) -> dict[str, str]:
         known = place.read_json(file)
     except ValueError as error:
         raise UserError(f"class_names: {error}") from None
-    if not isinstance(known, dict) or not all(isinstance(name, str) and name for name in known.values()):
+    if not isinstance(known, dict) or not all(is_text(name) and name for name in known.values()):
         raise UserError(
             f"class_names: {place.url_of(file)} must be an object with a name, which is text, for each folder"
         )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.evaluation.tasks.annotations import digest_of, read_lines, text_of
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -28,8 +29,8 @@ class NLVR2Data(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    statements: str
-    images: str
+    statements: GivenPath
+    images: GivenPath
 
     def digest(self, storage: Storage, field: str) -> str:
         """sha256 of the statements and of the images' names and sizes.
@@ -108,6 +109,8 @@ def _statement(row: dict[str, Any], images: str) -> Statement:
     directory = row.get("directory")
     if directory is not None and (not isinstance(directory, int | str) or isinstance(directory, bool)):
         raise ValueError(f"'directory' is neither a number nor text but {type(directory).__name__}")
+    if isinstance(directory, str):
+        directory = text_of(row, "directory")
     prefix = "" if directory is None else f"{directory}/"
     left, right = (ImageAddress(images, f"{prefix}{pair}-img{side}.png") for side in range(2))
     return Statement(identifier, text_of(row, "sentence"), left, right, _label(row))

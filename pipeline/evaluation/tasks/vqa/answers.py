@@ -12,8 +12,12 @@ so that a number here is the number there:
 * where the annotators are not all of one mind, their answers and the model's are brought to the normal form; where
   they are, all are compared as they stand (they may spell what is written in the image)
 
-So an answer that all annotators gave in another than the normal form can be matched by none of a vocabulary of
-normal forms. VQAv2's answers are in the normal form, but for a few.
+A set of fewer than four annotators leaves nothing to leave out: two of three cannot be three. An answer then scores the
+share of them that gave it, in the normal form whatever their mind: exact match for one annotator. Of four annotators
+the official accuracy is this share too, so that the two rules meet.
+
+So an answer that all of four or more annotators gave in another than the normal form can be matched by none of a
+vocabulary of normal forms. VQAv2's answers are in the normal form, but for a few.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.tasks.annotations import require
+from sharding.captions import is_text
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
 FREQUENT_ANSWERS = 3129
 
 _FOR_A_FULL_SCORE = 3
+#: With fewer annotators an answer's accuracy is the share of them that gave it.
+ANNOTATORS_OF_THE_METRIC = _FOR_A_FULL_SCORE + 1
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -82,15 +89,18 @@ def _without_punctuation(answer: str) -> str:
 
 
 def accuracy(answer: str, given: Sequence[str]) -> float:
-    """The official accuracy, 0 to 1, of an answer.
+    """The official accuracy, 0 to 1, of an answer; of fewer than four annotators the share that gave it.
 
     Args:
         answer: the model's, in any form.
         given: by the annotators (ten in VQAv2), as the annotation file has them.
     """
     answer, given = _in_one_line(answer), [_in_one_line(one) for one in given]
-    if len(set(given)) > 1:
+    few = len(given) < ANNOTATORS_OF_THE_METRIC
+    if few or len(set(given)) > 1:
         answer, given = normalised(answer), [normalised(one) for one in given]
+    if few:
+        return given.count(answer) / len(given)
     same, others = given.count(answer), len(given) - given.count(answer)
     left_out = [same - 1] * same + [same] * others  # how many are the same, without each annotator in turn
     return sum(min(count / _FOR_A_FULL_SCORE, 1.0) for count in left_out) / len(given)
@@ -141,7 +151,7 @@ def read_answers(storage: Storage, address: str, field: str) -> list[str]:
         ):
             raise UserError(f"{field}: {url}: the answers must be numbered from 0 to {len(numbers) - 1}")
         answers = sorted(value, key=value.__getitem__)
-    texts = [answer for answer in answers if isinstance(answer, str)]
+    texts = [str(answer) for answer in answers if is_text(answer)]
     if not texts or len(texts) != len(answers) or len(set(texts)) != len(texts):
         raise UserError(
             f"{field}: {url} must be a list of different answers, or an object of numbers by answer"

@@ -13,6 +13,7 @@ from pipeline.evaluation.tasks.base import TaskConfig
 from pipeline.evaluation.tasks.vqa.answers import FREQUENT_ANSWERS
 from pipeline.evaluation.tasks.vqa.data import VQAData
 from pipeline.fine_tuning.config import VQAFineTuning, wait_for_the_end
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -29,13 +30,13 @@ class VQATask(TaskConfig):
         fine_tune: how; the paper's recipe unless the block says otherwise.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["vqa"] = "vqa"
     data: VQAData
     train: Annotated[list[VQAData], Field(min_length=1)]
     answers: Annotated[int, Field(ge=2)] = FREQUENT_ANSWERS
-    answer2id: str | None = None
+    answer2id: GivenPath | None = None
     fine_tune: VQAFineTuning = VQAFineTuning()
 
     @model_validator(mode="before")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pipeline.evaluation.tasks.annotations import digest_of, number_of, read_rows, text_of
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.errors import UserError
+from sharding.given_path import GivenPath
 
 if TYPE_CHECKING:
     from sharding.storage import Storage
@@ -30,9 +31,9 @@ class VQAData(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    questions: str
-    annotations: str | None = None
-    images: str
+    questions: GivenPath
+    annotations: GivenPath | None = None
+    images: GivenPath
     image_name: str = "COCO_{split}_{image_id:012d}.jpg"
 
     @field_validator("image_name")
@@ -145,6 +146,8 @@ def _question(row: dict[str, Any]) -> tuple[int, int | str, str]:
     image_id = row["image_id"]
     if not isinstance(image_id, int | str) or isinstance(image_id, bool):
         raise ValueError(f"'image_id' is neither a number nor text but {type(image_id).__name__}")
+    if isinstance(image_id, str):
+        image_id = text_of(row, "image_id")
     return number_of(row, "question_id"), image_id, text_of(row, "question")
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluation.result import Example, Family, Measured, TaskResult
 from pipeline.evaluation.tasks.base import TaskContext
 from pipeline.evaluation.tasks.examples import chosen, thumbnail
 from pipeline.evaluation.tasks.pictures import ImageReader, ReadAhead, Skipped
-from pipeline.evaluation.tasks.vqa.answers import accuracy, soft_scores
+from pipeline.evaluation.tasks.vqa.answers import ANNOTATORS_OF_THE_METRIC, accuracy, soft_scores
 from pipeline.evaluation.tasks.vqa.data import Question, load_questions
 from sharding.errors import UserError
 
@@ -72,9 +72,11 @@ def evaluate_vqa(
         where there are annotations: family ``questions`` (questions about one image belong together) with the
         official ``accuracy``, and one for each type of answer with ``accuracy_yes_no``, ``accuracy_number``,
         ``accuracy_other``; ``ceiling``, the mean of the best that an answer of the vocabulary can have, and
-        ``best_constant``, the accuracy of the one answer that does best everywhere. Always ``questions``,
-        ``answers``, ``skipped``, and the file ``RESULTS_FILE`` for the test server; it answers a question whose
-        image cannot be read with the first of the vocabulary, as the server refuses one with questions left out.
+        ``best_constant``, the accuracy of the one answer that does best everywhere; where there are any,
+        ``few_annotators``, how many questions have fewer than four and are scored by the share that gave the answer.
+        Always ``questions``, ``answers``, ``skipped``, and the file ``RESULTS_FILE`` for the test server; it answers a
+        question whose image cannot be read with the first of the vocabulary, as the server refuses one with questions
+        left out.
 
     Raises:
         BadDataLimit: more than ``task.bad_limit`` of the questions have an image that cannot be read.
@@ -102,6 +104,9 @@ def evaluate_vqa(
         scores = np.array([accuracy(one.answer, _known(one.question)) for one in given], dtype=np.float64)
         families = _families([one.question for one in given], scores)
         facts |= _references([one.question for one in given], set(answers))
+        few = sum(len(_known(one.question)) < ANNOTATORS_OF_THE_METRIC for one in given)
+        if few:
+            facts["few_annotators"] = float(few)
         right = (scores > 0).tolist()
     return TaskResult(
         families=families,

@@ -119,6 +119,7 @@ def test_training_statements_name_the_directory_of_their_images(here: Storage) -
         ({"label": "maybe"}, "line 2: 'label' is neither True nor False but 'maybe'"),
         ({"label": 1}, "line 2: 'label' is neither True nor False but '1'"),
         ({"directory": [1]}, "line 2: 'directory' is neither a number nor text but list"),
+        ({"directory": "\ud83d"}, "line 2: 'directory' holds half a surrogate pair"),
     ],
 )
 def test_a_bad_statement_is_named(here: Storage, change: dict[str, Any], said: str) -> None:

@@ -85,7 +85,7 @@ def test_errors_name_the_keys_of_the_kind_and_no_tags(tmp_path: Path) -> None:
         "job: evaluate.tasks.1.imagez: unknown key; did you mean 'images'?",
         "job: evaluate.tasks.2.data.imagez: unknown key; did you mean 'images'?",
         "job: evaluate.tasks.2.train: got []; list should have at least 1 item after validation, not 0",
-        "job: evaluate.tasks.3: got 'retrieval'; must be a valid dictionary or instance of RetrievalTask",
+        "job: evaluate.tasks.3: got 'retrieval'; must be a block of keys",
     ]
     # The key is another kind's: it is not offered.
     assert refused(tmp_path, {"name": "a", "dataset": "held-out", "class_names": "x"}) == [

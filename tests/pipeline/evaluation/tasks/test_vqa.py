@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from model import GLSCLForPreTraining, GLSCLForVisualQuestionAnswering
 from pipeline.evaluation.tasks.pictures import ImageAddress, ImageReader, Skipped
 from pipeline.evaluation.tasks.vqa import task as vqa
-from pipeline.evaluation.tasks.vqa.answers import accuracy
+from pipeline.evaluation.tasks.vqa.answers import accuracy, normalised
 from pipeline.evaluation.tasks.vqa.config import VQATask
 from pipeline.evaluation.tasks.vqa.data import Question, VQAData, load_questions
 from sharding.errors import BadDataLimit, UserError
@@ -263,6 +263,30 @@ def test_without_annotations_there_is_the_servers_file_alone(
     assert [set(one) for one in json.loads(found.files[vqa.RESULTS_FILE])] == [{"question_id", "answer"}] * 9
     assert all(example.right is None for example in found.examples)
     assert len(found.examples) == 9
+
+
+def test_questions_with_one_annotator_are_scored_by_exact_match_and_counted(
+    model: GLSCLForVisualQuestionAnswering, storage_of_one: Storage
+) -> None:
+    data = write_split(storage_of_one, 9)
+    annotations = storage_of_one.read_json("annotations.json")
+    for number, one in enumerate(annotations["annotations"]):
+        if number < 6:
+            one["answers"] = one["answers"][:1]
+    storage_of_one.write_json("annotations.json", annotations)
+    found = vqa.evaluate_vqa(model, processor_of(model), storage_of_one, task_of(data), ANSWERS, 1)
+    assert found.facts["few_annotators"] == 6.0
+    scores = found.families[0].metrics["accuracy"].values.tolist()
+    results = [one["answer"] for one in json.loads(found.files[vqa.RESULTS_FILE])]
+    for number, (score, answer) in enumerate(zip(scores[:6], results[:6], strict=True)):
+        said = normalised(annotations["annotations"][number]["answers"][0]["answer"])
+        assert score == float(said == answer)
+    possible = [normalised(one["answers"][0]["answer"]) in ANSWERS for one in annotations["annotations"][:6]]
+    rest = [
+        max(accuracy(answer, [each["answer"] for each in one["answers"]]) for answer in ANSWERS)
+        for one in annotations["annotations"][6:]
+    ]
+    assert found.facts["ceiling"] == pytest.approx((sum(possible) + sum(rest)) / 9)
 
 
 def test_unreadable_images_are_counted_and_answered_for_the_server(

@@ -97,6 +97,35 @@ def test_annotators_of_one_mind_are_compared_as_they_stand() -> None:
     assert soft_scores(["two"] * 10) == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "answer", "expected"),
+    [
+        *[(["yes"] * count, "yes", 1.0) for count in (1, 2, 3, 4)],
+        *[(["yes"] * count, "no", 0.0) for count in (1, 2, 3, 4)],
+        (["yes", "no"], "yes", 1 / 2),
+        (["yes", "no", "no"], "yes", 1 / 3),
+        (["yes", "no", "no"], "no", 2 / 3),
+        (["a", "b", "c"], "b", 1 / 3),
+    ],
+)
+def test_of_fewer_than_four_annotators_an_answer_scores_the_share_that_gave_it(
+    given: list[str], answer: str, expected: float
+) -> None:
+    assert accuracy(answer, given) == pytest.approx(expected, abs=1e-12)
+
+
+def test_with_four_annotators_the_share_and_the_official_accuracy_are_the_same() -> None:
+    for count in range(5):
+        assert accuracy("c", ["c"] * count + ["d"] * (4 - count)) == pytest.approx(count / 4, abs=1e-12)
+
+
+def test_few_annotators_are_compared_in_the_normal_form_whatever_their_mind() -> None:
+    for people in (1, 2, 3):
+        assert accuracy("2", ["Two."] * people) == 1.0
+        assert soft_scores(["The Two-Dogs!"] * people) == {"2 dogs": 1.0}
+    assert accuracy("2", ["Two."] * 4) == 0.0  # as the official one does
+
+
 def test_soft_scores_are_the_accuracies_of_normal_forms() -> None:
     given = ["Red", "red", "the red", "dark red", "dark-red", "blue", "red", "2", "two", "Two."]
     expected = {"red": 1.0, "dark red": 0.6, "blue": 0.3, "2": 0.9}
@@ -135,6 +164,8 @@ def test_a_vocabulary_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> Non
         ('{"yes": 0, "no": 0}', "numbered from 0 to 1"),
         ('["yes", "yes"]', "must be a list of different answers"),
         ('["yes", 2]', "must be a list of different answers"),
+        ('["yes", "\\ud83d"]', "must be a list of different answers"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "must be a list of different answers"),
         ("{}", "must be a list of different answers"),
         ("3", "must be a list of different answers"),
