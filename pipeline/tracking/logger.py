@@ -72,6 +72,8 @@ class MetricLogger:
         self._rows: deque[_Row] = deque()
         self._points = 0
         self._dropped = 0
+        self._spilling: set[int] = set()  # ids of the rows that are being written to a segment
+        self._slipped = 0  # values of those that memory had no room for meanwhile
         self._newest_step = -1
         self._segments: list[str] = []  # undelivered, oldest first; all of them older than memory
         self._listed = False  # whether the segments of earlier lives are among them
@@ -97,8 +99,12 @@ class MetricLogger:
             self._points += len(row.metrics)
             self._newest_step = max(self._newest_step, row.step)
             while self._points > self._config.buffered:
-                self._points -= len(self._rows[0].metrics)
-                self._dropped += len(self._rows.popleft().metrics)
+                oldest = self._rows.popleft()
+                self._points -= len(oldest.metrics)
+                if id(oldest) in self._spilling:
+                    self._slipped += len(oldest.metrics)
+                else:
+                    self._dropped += len(oldest.metrics)
         if self._points > self._config.buffered // 2:
             self._wake.set()
 
@@ -290,6 +296,7 @@ class MetricLogger:
         try:
             with self._lock:
                 rows = list(self._rows)
+                self._spilling, self._slipped = {id(row) for row in rows}, 0
             if not rows:
                 return
             # Sorted by name, as they are sent: by the clock, which may be set back, a later step could come first, and
@@ -301,12 +308,16 @@ class MetricLogger:
                 self._spool.write_bytes(name, text.encode())
             except Exception as error:  # noqa: BLE001 - rows stay in memory; a training must not end for this
                 log.warning("metrics could not be kept in %s: %s", self._spool.url, one_line(error))
+                with self._lock:
+                    self._dropped += self._slipped
                 return
             with self._lock:
                 self._segments = sorted([*self._segments, name])
                 self._kept += sum(len(row.metrics) for row in rows)
             self._forget(rows)
         finally:
+            with self._lock:
+                self._spilling = set()
             if held:
                 self._sending.release()
 

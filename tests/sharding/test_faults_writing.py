@@ -15,7 +15,7 @@ from sharding.errors import StorageFault
 from sharding.media import Encoded, MediaInfo
 from sharding.prepare import PrepareConfig, prepare
 from sharding.reader import ShardReader
-from sharding.storage import Storage, open_storage
+from sharding.storage import Storage, StorageConfig, open_storage
 from sharding.writer import ShardWriter, publish
 from tests.fixtures.faulty_s3 import Fault
 from tests.sharding.datasets import media_of, write_dataset
@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_half_written(tmp_p
     source = tmp_path / "source"
     source.write_bytes(bytes(200_000))
     with full_disk(tmp_path / "disk", 100_000) as folder:
-        storage = open_storage(folder)
+        storage = Storage(StorageConfig(url=str(folder), attempts=1))  # else each write waits some seconds
         storage.write_bytes("before", b"kept")
         for write in (
             lambda: storage.write_bytes("new", bytes(200_000)),
