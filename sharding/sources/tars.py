@@ -34,7 +34,7 @@ from sharding.sources.base import (
     Hasher,
     Input,
     Member,
-    Unreadable,
+    UnreadableFile,
     feed,
     folder_and_name,
     reading,
@@ -92,14 +92,14 @@ class WebDatasetListing:
         """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
         self.skipped.clear()
         found = False
-        lost: list[Unreadable] = []
+        lost: list[UnreadableFile] = []
         for pattern in self._tars:
             for path in pattern.files(self.skipped):
                 try:
                     for item in self._tar(pattern.root, path, hasher):
                         found = True
                         yield item
-                except Unreadable as fault:
+                except UnreadableFile as fault:
                     lost.append(fault)
                     place = shown(_place(pattern.root, path, pattern.root == self._root))
                     feed(hasher, place, fault.cause)
