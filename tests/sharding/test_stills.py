@@ -14,6 +14,7 @@ from sharding.media.config import ImageConfig, VideoConfig
 from sharding.media.worker import MediaDecoder
 from sharding.storage import open_storage
 from tests.fixtures.corpora import CORPUS, corpus_rows
+from tests.sharding.listings import listed, source
 
 CLIPS = MediaDecoder(None, VideoConfig().model_dump(mode="json"))
 FRAMES = MediaDecoder(
@@ -27,6 +28,12 @@ def picture(kind, frames=1, **options):
     many = {"save_all": True, "append_images": images[1:], "duration": 100} if frames > 1 else {}
     images[0].save(sink, kind, **many, **options)
     return sink.getvalue()
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.mark.parametrize("decoder", [CLIPS, FRAMES])
@@ -78,10 +85,13 @@ def test_damaged_heads_are_bad_data():
 def test_a_still_in_another_programs_tar_is_left_out_and_counts_in_no_limit(tmp_path):
     clip = (CORPUS / corpus_rows("clips.jsonl", limit=1)[0]["path"]).read_bytes()
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, data in (("a.webp", clip), ("b.webp", picture("WEBP")), ("c.gif", picture("GIF"))):
-            for member, content in ((name, data), (f"{name[0]}.txt", b"a caption")):
-                info = tarfile.TarInfo(member)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+        still = picture("WEBP")
+        members = {"a.webp": clip, "b.webp": still, "c.gif": picture("GIF"), "d.mp4": clip, "d.webp": still}
+        for name, data in members.items():
+            add(tar, name, data)
+            if name != "d.mp4":
+                add(tar, f"{name[0]}.txt", b"a caption")
     manifest = index_shards(open_storage(tmp_path), "video", bad_limit=0)
-    assert (manifest.counts.kept, manifest.counts.dropped) == (1, {"still-image": 2})
+    assert (manifest.counts.kept, manifest.counts.dropped) == (2, {"still-image": 2})
+    inputs, _ = listed(source(tmp_path, kind="webdataset", modality="video"))
+    assert [item.address for item in inputs] == ["0.tar/a.webp", "0.tar/b.webp", "0.tar/c.gif", "0.tar/d.mp4"]
