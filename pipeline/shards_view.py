@@ -102,7 +102,7 @@ def print_dataset(value: dict[str, Any], console: Console) -> None:
     for cause, number in sorted(counts["dropped"].items(), key=lambda item: (-item[1], item[0])):
         grid.add_row(f"  {cause}", f"{number:,}")
     if value["skipped"]:
-        grid.add_row("passed over", f"{sum(value['skipped'].values()):,} files of the source, no inputs")
+        grid.add_row("passed over", f"{sum(value['skipped'].values()):,} (files that are no inputs)")
     for reason, number in value["skipped"].items():
         grid.add_row(f"  {reason}", f"{number:,}")
     grid.add_row("digest", value["digest"])

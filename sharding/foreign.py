@@ -53,9 +53,9 @@ from sharding.media.single_frame import refuse_still
 from sharding.media.video import clip_info
 from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import public_address
-from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, reading
+from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, UnreadableFile, reading
 from sharding.storage import Storage, StoredFile
-from sharding.tarnames import TEXT_EXTENSIONS, count_aside, last_part, of_kind, split_name
+from sharding.tarnames import TEXT_EXTENSIONS, clips_of, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import Member, TarWalk
 
 _MEDIA: dict[Modality, frozenset[str]] = {
@@ -247,14 +247,14 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     try:
         with reading(file.path):
             if "" in name.split("/"):
-                raise Unreadable(
+                raise UnreadableFile(
                     "bad-address", f"{escape_name(url)}: its key has an empty part between slashes"
                 )
             with dataset.open(file.path) as stream:
                 walk = TarWalk(stream, url)
                 for sample in _samples(walk, url, skipped):
                     reader.add(sample)
-    except Unreadable as fault:
+    except UnreadableFile as fault:
         counts = Counts(read=1, dropped={fault.cause: 1})
         return _record(file, modality, caption_field, counts=counts, examples=[str(fault)])
     shard = None
@@ -372,6 +372,9 @@ class _TarIndex:
     def _row(self, sample: _Sample) -> dict[str, object]:
         self._check_names(sample)
         found = sample.of_kind(_MEDIA[self._modality])
+        if self._modality == "video":
+            clips = clips_of([extension for extension, _ in found])
+            found = [one for one in found if one[0] in clips]
         if len(found) != 1:
             names = ", ".join(sorted(map(escape_name, sample.members))) or "links"
             cause = "several-media" if found else "no-media"

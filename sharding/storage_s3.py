@@ -64,6 +64,8 @@ _DENIED = {"AccessDenied", "403", "AllAccessDisabled", "AccountProblem", "Invali
 _NO_KEY = {
     "KeyTooLongError", "InvalidURI", "InvalidBucketName", "XMinioInvalidObjectName", "XMinioInvalidResourceName",
 }  # fmt: skip
+_OF_THE_REQUEST = {"PreconditionFailed", "412", "InvalidRange"}
+_WRONG_SIGNATURE = "SignatureDoesNotMatch"  # also of a server that signs another key than it was asked for
 _WRONG_REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "BadDigest",
@@ -214,7 +216,7 @@ class S3Backend:
             yield from self._walk(folder, skip)
             return
         for key, size in sorted((entry["Key"], int(entry["Size"])) for entry in page.get("Contents", [])):
-            if _is_file(key, size, folder):
+            if _is_file(key[skip:], size):
                 yield key[skip:], size
 
     def _walk(self, folder: str, skip: int) -> Iterator[tuple[str, int]]:
@@ -240,7 +242,7 @@ class S3Backend:
                 key, size = heapq.heappop(waiting)
                 if size < 0:
                     yield from self._walk(key, skip)
-                elif _is_file(key, size, folder):
+                elif _is_file(key[skip:], size):
                     yield key[skip:], size
 
     def read(self, path: str, offset: int, length: int | None, version: str | None) -> bytes:
@@ -444,22 +446,19 @@ class S3Backend:
     def _refused(self, failure: _Failure, path: str, reason: str) -> UnreadableObject | None:
         """What a failed request says of the one object; None where it is of the store, or the object is missing."""
         url, code, place = escape_name(self.url_of(path)), failure.code, _endpoint(self._config) or "S3"
-        status = failure.status or 0
-        odd = any(part in ("", ".", "..") for part in self._key(path).split("/"))
+        if isinstance(failure.error, aws.ParamValidationError) or code in _NO_KEY:
+            return UnreadableObject(
+                f"{url}: not a valid name for a bucket or file ({reason[:100]})", "bad-address"
+            )
+        if code is None or failure.status is None:
+            return None
         if code == "InvalidObjectState":
             return UnreadableObject(f"{url}: archived: it must be restored before it can be read", "archived")
         if code in _DENIED:
             detail = f"{url}: access denied by {place}: check the credentials and their permissions"
             return UnreadableObject(detail, "access-denied")
-        if code is not None and (code.startswith("KMS.") or "encrypt" in reason.lower()):
+        if code.startswith("KMS.") or ("Invalid" in code and "encrypt" in reason.lower()):
             return UnreadableObject(f"{url}: cannot be decrypted: {code}: {reason}", "encrypted")
-        if code == "SignatureDoesNotMatch" and odd:
-            detail = f"{url}: {place} does not take keys with empty, '.' or '..' parts between their slashes"
-            return UnreadableObject(detail, "bad-address")
-        if code in _NO_KEY or isinstance(failure.error, aws.ParamValidationError):
-            return UnreadableObject(
-                f"{url}: not a valid name for a bucket or file ({reason[:100]})", "bad-address"
-            )
         if code == "NoSuchBucket":
             return UnreadableObject(
                 f"{url}: bucket {self._bucket!r} does not exist at {place}", "no-such-bucket"
@@ -467,12 +466,14 @@ class S3Backend:
         if code in _WRONG_REGION:
             detail = f"{url}: bucket {self._bucket!r} is in another region: set region ({reason})"
             return UnreadableObject(detail, "wrong-region")
-        known = (
-            code in _WRONG_KEY
-            or code in _NO_SUCH_FILE
-            or code in ("PreconditionFailed", "412", "InvalidRange")
-        )
-        if not known and (400 <= status < 500 or status == 501):
+        odd = any(part in ("", ".", "..") for part in self._key(path).split("/"))
+        if odd and (code == _WRONG_SIGNATURE or failure.status == 400):
+            detail = (
+                f"{url}: {place} does not take keys with empty, '.' or '..' parts between slashes ({code})"
+            )
+            return UnreadableObject(detail, "bad-address")
+        of_store = code in _WRONG_KEY or code in _NO_SUCH_FILE or code in _OF_THE_REQUEST
+        if not of_store and (400 <= failure.status < 500 or failure.status == 501):
             return UnreadableObject(f"{url}: {code}: {reason}", "unreadable-file")
         return None
 
@@ -514,9 +515,9 @@ class S3Backend:
         return " ".join(text.replace(" (reached max retries: 0)", "").split())
 
 
-def _is_file(key: str, size: int, folder: str) -> bool:
+def _is_file(path: str, size: int) -> bool:
     """Whether an object is more than the marker of a folder, as consoles make them."""
-    return key != folder and (size > 0 or not key.endswith("/"))
+    return bool(path) and (size > 0 or not path.endswith("/"))
 
 
 async def _fetch(

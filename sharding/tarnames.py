@@ -56,6 +56,14 @@ def last_part(extension: str) -> str:
     return extension.rpartition(".")[2]
 
 
+def clips_of(extensions: Collection[str]) -> list[str]:
+    """Of the extensions of a key's clips those that are of clips alone, where there are such.
+
+    A GIF or WebP beside ``dog.mp4`` is its thumbnail or preview; alone it may be the clip.
+    """
+    return [one for one in extensions if last_part(one) not in ("gif", "webp")] or list(extensions)
+
+
 def of_kind(extensions: Iterable[str], kinds: Collection[str]) -> list[str]:
     """The extensions whose last part is one of ``kinds``; those without a dot alone, where there are such.
 

@@ -104,7 +104,7 @@ class Source(Protocol):
         """
 
 
-class Unreadable(BadData):
+class UnreadableFile(BadData):
     """A file that the storage does not give, for a reason of its own; other files may be fine."""
 
 
@@ -116,20 +116,20 @@ def reading(name: str) -> Iterator[None]:
         name: of the file, for the message.
 
     Raises:
-        Unreadable: ``archived``, ``access-denied``, ``encrypted``, ``no-such-bucket``, ``wrong-region``,
+        UnreadableFile: ``archived``, ``access-denied``, ``encrypted``, ``no-such-bucket``, ``wrong-region``,
             ``bad-address``, ``unreadable-file``.
     """
     try:
         yield
     except UnreadableObject as error:
-        raise Unreadable(error.cause, str(error)) from None
+        raise UnreadableFile(error.cause, str(error)) from None
     except OSError as error:
         if error.errno in _UNREADABLE:
-            raise Unreadable("unreadable-file", f"{name}: {error.strerror}") from None
+            raise UnreadableFile("unreadable-file", f"{name}: {error.strerror}") from None
         raise
 
 
-def unreadable(place: str, fault: Unreadable) -> Input:
+def unreadable(place: str, fault: UnreadableFile) -> Input:
     """A whole tar or table that cannot be read: one bad input, in place of the unknown number in it."""
     return Input(address=place, problem=fault.cause, reason=fault.detail)
 

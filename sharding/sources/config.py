@@ -59,9 +59,9 @@ class TableSource(_Located):
     """A table, or a folder of tables of one kind: ``.jsonl``, ``.parquet``, ``.csv`` or ``.tsv``; a row is a
     sample.
 
-    ``path_column`` holds paths relative to the table's folder, absolute paths or urls; ``url_column`` only
-    urls (s3://, http://, https://). A caption cell is a text or a list of texts. Where a table has a row for each
-    caption, ``group_by`` brings the rows of a sample together, wherever they stand.
+    ``path_column`` holds paths below the table's folder or urls, and in a table on this machine also absolute paths;
+    ``url_column`` only urls (s3://, http://, https://). A caption cell is a text or a list of texts. Where a table has
+    a row for each caption, ``group_by`` brings the rows of a sample together, wherever they stand.
     """
 
     kind: Literal["table"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from sharding.errors import BadData, UserError
+from sharding.errors import BadData, UnreadableObject, UserError
 from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import Address, remote_url, table_address
 from sharding.sources.base import (
@@ -15,10 +16,13 @@ from sharding.sources.base import (
     VIDEO_SUFFIXES,
     Hasher,
     Input,
+    UnreadableFile,
     feed,
     folder_and_name,
     identity,
+    reading,
     texts_of,
+    unreadable,
 )
 from sharding.sources.config import TableSource
 from sharding.sources.grouping import grouped
@@ -39,6 +43,7 @@ class TableListing:
             folder, self._file = folder_and_name(config.path)
         self._root = storage.resolve(folder)
         self.skipped = Skipped()
+        self._lost: list[tuple[str, UnreadableFile]] = []  # tables that the storage does not give
         columns = [config.media_column, *config.caption_columns, *config.where]
         self._needed = list(dict.fromkeys([*columns, *([config.group_by] if config.group_by else [])]))
 
@@ -49,11 +54,18 @@ class TableListing:
     def inputs(self, hasher: Hasher) -> Iterator[Input]:
         """See ``Source``. The rows' addresses and captions identify the listing, not the media's contents."""
         self.skipped.clear()
+        self._lost.clear()
         found = False
         for item in self._inputs() if self._config.group_by is None else self._grouped(self._config.group_by):
             found = True
             feed(hasher, identity(item), item.captions, item.not_text, item.problem)
             yield item
+        for path, fault in self._lost:
+            item = unreadable(escape_name(path), fault)
+            feed(hasher, item.address, [], 0, item.problem)
+            yield item
+        if self._lost and not found:
+            raise UserError(f"none of the tables of {self._root.url} can be read: {self._lost[0][1].detail}")
         if not found:
             which = " match 'where'" if self._config.where else ""
             raise UserError(f"empty corpus: no rows{which} in {self._config.path}")
@@ -119,8 +131,9 @@ class TableListing:
 
     def _files(self) -> list[str]:
         if self._file:
-            if not self._root.exists(self._file):
-                raise UserError(f"no such table: {self._root.url_of(self._file)}")
+            with contextlib.suppress(UnreadableObject):  # it is there: reading it says more
+                if not self._root.exists(self._file):
+                    raise UserError(f"no such table: {escape_name(self._root.url_of(self._file))}")
             return [self._file]
         try:
             self._root.check(write=False)
@@ -141,7 +154,7 @@ class TableListing:
     def _selected(self) -> Iterator[tuple[str, Row]]:
         """(path of the table, row) of the rows that ``where`` selects, and of those of which that cannot be told."""
         for path in self._files():
-            for row in self._rows(path):
+            for row in self._readable(path):
                 if row.cells is None or not self._config.where:
                     yield path, row
                     continue
@@ -153,6 +166,13 @@ class TableListing:
                     )
                 elif self._fits(row.cells):
                     yield path, row
+
+    def _readable(self, path: str) -> Iterator[Row]:
+        try:
+            with reading(escape_name(path)):
+                yield from self._rows(path)
+        except UnreadableFile as fault:
+            self._lost.append((path, fault))
 
     def _rows(self, path: str) -> Iterator[Row]:
         url, needed = self._root.url_of(path), self._needed

@@ -34,7 +34,7 @@ from sharding.sources.base import (
     Hasher,
     Input,
     Member,
-    Unreadable,
+    UnreadableFile,
     feed,
     folder_and_name,
     reading,
@@ -43,7 +43,7 @@ from sharding.sources.base import (
 )
 from sharding.sources.config import WebDatasetSource, split_pattern
 from sharding.storage import ExactPath, Storage
-from sharding.tarnames import clean_name, count_aside, last_part, of_kind, split_name
+from sharding.tarnames import clean_name, clips_of, count_aside, last_part, of_kind, split_name
 from sharding.tarwalk import BAD_HEADER, LARGEST_HEADER
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class WebDatasetListing:
     def __init__(self, config: WebDatasetSource, modality: Modality, storage: Storage) -> None:
         self._config = config
         suffixes = IMAGE_SUFFIXES if modality == "image" else VIDEO_SUFFIXES
+        self._modality = modality
         self._media_kinds = {suffix.removeprefix(".") for suffix in suffixes}
         self._tars = [_TarPattern(path, storage) for path in config.paths]
         self._root = self._tars[0].root
@@ -92,14 +93,14 @@ class WebDatasetListing:
         """See ``Source``. Sizes of tars, and names and places of their members, identify the listing."""
         self.skipped.clear()
         found = False
-        lost: list[Unreadable] = []
+        lost: list[UnreadableFile] = []
         for pattern in self._tars:
             for path in pattern.files(self.skipped):
                 try:
                     for item in self._tar(pattern.root, path, hasher):
                         found = True
                         yield item
-                except Unreadable as fault:
+                except UnreadableFile as fault:
                     lost.append(fault)
                     place = shown(_place(pattern.root, path, pattern.root == self._root))
                     feed(hasher, place, fault.cause)
@@ -172,6 +173,7 @@ class WebDatasetListing:
     def _media(self, members: dict[str, list[TarMember]]) -> list[TarMember]:
         if self._config.media is None:
             extensions = of_kind(members, self._media_kinds)
+            extensions = clips_of(extensions) if self._modality == "video" else extensions
         else:
             wanted = self._config.media
             found = ([one] if one in members else of_kind(members, {one}) for one in wanted)

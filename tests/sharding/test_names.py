@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
+from pipeline.shards_view import details, print_dataset, summary
 from sharding.errors import UserError
 from sharding.foreign import index_shards
 from sharding.index import load_index
@@ -18,9 +20,12 @@ from sharding.manifest import ShardRecord, load_manifest
 from sharding.names import Skipped, escape_name, hidden, unescape_name
 from sharding.plan import make_plan, read_inputs, survey
 from sharding.reader import ShardReader
+from sharding.report import closing_table
+from sharding.report_page import report_page
 from sharding.sources import folder, open_fetcher, open_source
 from sharding.sources.addresses import BelowBase
 from sharding.storage import open_storage
+from sharding.summary import Summary
 from sharding.verify import verify
 from tests.sharding.listings import configured, listed, source
 
@@ -374,3 +379,11 @@ def test_another_programs_tars_of_any_name_are_indexed_read_and_verified(tmp_pat
     assert read == pictures
     assert verify(dataset, manifest, decode=True).sound
     assert index_shards(dataset, "image").digest == manifest.digest
+    # People see what was passed over.
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(closing_table([manifest]))
+    print_dataset({**summary(dataset, manifest), **details(manifest)}, console)
+    shown = console.export_text()
+    assert "files passed over" in shown
+    assert shown.count("hidden") == 2
+    assert "<td>hidden</td><td class='n'>9</td>" in report_page(manifest, Summary())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from sharding.captions import is_text
 from sharding.errors import UserError
+from sharding.names import hidden
 from sharding.sources.base import feed, folder_and_name
 from sharding.storage import normalise_url
 
@@ -244,6 +245,8 @@ def digest_of(storage: Storage, files: dict[str, str], folders: dict[str, str], 
         images = storage.resolve(address)
         empty = True
         for path, size in images.list():
+            if hidden(path):
+                continue
             feed(digest, field, path, size)
             empty = False
         if empty:

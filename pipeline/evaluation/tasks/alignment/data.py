@@ -25,6 +25,7 @@ from pipeline.evaluation.tasks.alignment.pickles import read_plain_pickle
 from pipeline.evaluation.tasks.annotations import require
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.errors import UserError
+from sharding.names import hidden
 from sharding.sources.base import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class AlignmentData:
             return
         self._folder = storage.resolve(task.annotations)
         self._folder.check(write=False)
-        self._files = [path for path, _ in self._folder.list() if path.endswith(".pkl")][: task.limit]
+        self._files = [path for path, _ in self._folder.list() if path.endswith(".pkl") and not hidden(path)][
+            : task.limit
+        ]
         if not self._files:
             raise UserError(f"annotations: there are no .pkl files below {self._folder.url}")
 
@@ -106,7 +109,7 @@ class AlignmentData:
         known = {
             stem: path
             for stem, suffix, path in ((*posixpath.splitext(path), path) for path, _ in self._images.list())
-            if suffix.lower() in IMAGE_SUFFIXES
+            if suffix.lower() in IMAGE_SUFFIXES and not hidden(path)
         }
         for path in self._files:
             stem = posixpath.splitext(path)[0]

@@ -13,6 +13,7 @@ from pipeline.evaluation.tasks.annotations import require
 from pipeline.evaluation.tasks.pictures import ImageAddress
 from sharding.captions import is_text
 from sharding.errors import UserError
+from sharding.names import hidden
 from sharding.sources.base import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def load_classes(storage: Storage, task: ClassificationTask) -> Classes:
     root.check(write=False)
     folders: dict[str, list[str]] = {}
     for path, _ in root.list():
+        if hidden(path):
+            continue
         folder, below, _ = path.partition("/")
         if not below:
             if _is_image(path):
@@ -90,7 +93,7 @@ def _bare_folders(root: Storage, known: dict[str, list[str]]) -> list[str]:
         return [
             entry.name
             for entry in scan
-            if entry.is_dir() and entry.name not in known and not entry.name.startswith(".")
+            if entry.is_dir() and entry.name not in known and not hidden(f"{entry.name}/")
         ]
 
 
