@@ -18,6 +18,8 @@ from sharding.sources import Input, grouping, rows
 from sharding.sources.addresses import BelowBase
 from sharding.sources.rows import json_rows, parquet_rows, table_rows, text_lines
 from tests.sharding.listings import listed, source
+from tests.sharding.preparation import prepare_files
+from tests.sharding.real_media import picture
 
 HEAD = b"file,caption\n"
 QUOTE = '"'
@@ -402,3 +404,18 @@ def test_an_adversary_of_quotations_takes_time_that_grows_with_the_table():
     seconds(100)
     small, large = seconds(1000), seconds(8000)
     assert large < 8 * 4 * max(small, 0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped", "captions"),
+    [
+        ({}, {"duplicate": 1, "duplicate-other-caption": 2}, [["a"]]),
+        ({"group_by": "file"}, {}, [["a", "b", "c"]]),
+    ],
+)
+def test_copies_with_captions_of_their_own_count_apart_unless_they_are_grouped(options, dropped, captions):
+    files = {"0.png": picture(0, image_format="PNG"), "t.csv": HEAD + b"0.png,a\n0.png,b\n0.png,a\n0.png,c\n"}
+    where = {"kind": "table", "path": "{folder}/t.csv", "path_column": "file", "caption_column": "caption"}
+    found = prepare_files(files, where | options, filters=[{"kind": "duplicates"}])
+    assert found.counts.dropped == dropped
+    assert [sample.captions for sample in found.samples] == captions
