@@ -34,7 +34,7 @@ def fault(python: "list[int]", modules: "dict[str, str]") -> "str | None":
         python: the version (3, 11) that the code is for.
         modules: what is imported, with the package that brings it.
     """
-    here = "%s (Python %d.%d.%d)" % ((sys.executable,) + tuple(sys.version_info[:3]))  # noqa: UP031, RUF005
+    here = "%s (Python %s)" % (sys.executable, ".".join(map(str, sys.version_info[:3])))  # noqa: UP031
     wanted = ".".join(str(number) for number in python)
     if list(sys.version_info[:2]) != list(python):
         return f"{here} runs this job, and the code is for Python {wanted}: start the cluster with Python {wanted}"

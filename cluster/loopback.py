@@ -51,7 +51,10 @@ def ask_loopback_directly(*urls: str) -> None:
 
 def proxy_variable(url: str) -> str | None:
     """Name of the variable whose proxy is used for a url; None where it is asked directly."""
-    from urllib.request import getproxies_environment, proxy_bypass_environment
+    from urllib.request import (  # type: ignore[attr-defined]
+        getproxies_environment,
+        proxy_bypass_environment,
+    )
 
     parts = urlsplit(url)
     proxies = getproxies_environment()

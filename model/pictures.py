@@ -136,9 +136,8 @@ def _keyed(picture: Image.Image, key: int | tuple[int, ...]) -> Image.Image:
     PIL gives samples of 1, 2 and 4 bits scaled to 8, and the higher half of 16 bits of colour. The depth is known until
     PIL has loaded the image; after that it is taken for 8, unless the key says otherwise.
     """
-    tile = (
-        picture.tile[0].args if isinstance(picture, Image.Image) and getattr(picture, "tile", None) else None
-    )
+    tiles = getattr(picture, "tile", None)  # of files alone
+    tile = tiles[0].args if tiles else None
     bits = _BITS_OF_RAW.get(tile[0] if isinstance(tile, tuple) else str(tile), 8)
     if isinstance(key, tuple):
         shift = 8 if bits == 16 or max(key) > 255 else 0
@@ -177,15 +176,16 @@ def _deep(picture: Image.Image) -> Image.Image:
     elif picture.mode == "I" and tags and samples == 1:
         values = values.view(np.uint32)
     floating = values.dtype.kind == "f"
-    values = np.nan_to_num(values, posinf=0, neginf=0) if floating else values
+    if floating:
+        values = np.nan_to_num(values, posinf=0, neginf=0)
     top = float(values.max(initial=0))
     full: float | None = white
     if full is None:
         deepest = 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1
         usual = (1, 255, 65_535, deepest, top) if floating else (255, 65_535, deepest)
         full = next(value for value in usual if top <= value)
-    wide = np.float64 if values.dtype.itemsize > 2 else np.float32
-    scaled = values.astype(wide) * wide(255 / full)
+    wide = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+    scaled = np.multiply(wide, wide.dtype.type(255 / full))
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey)
 

@@ -326,8 +326,8 @@ def _explain(detail: Any) -> str:
     field = ".".join(str(part) for part in location) or "job"
     if detail["type"] == "union_tag_invalid":
         kind = detail["input"]["kind"]
-        tags = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
-        kinds = [TASK_TAGS.get(tag, tag) for tag in tags]
+        expected = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
+        kinds = [TASK_TAGS.get(tag, tag) for tag in expected]
         return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), kinds)}"
     if detail["type"] == "union_tag_not_found":
         return f"{field}.kind: is required"

@@ -89,8 +89,8 @@ class _Nodes(Reader, Scanner, Parser, Composer, _Resolver):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self._depth += 1
         if self._depth > _DEEPEST:
-            _refuse(self.peek_event().start_mark, f"is nested more than {_DEEPEST} deep")  # type: ignore[no-untyped-call]
-        node: Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+            _refuse(self.peek_event().start_mark, f"is nested more than {_DEEPEST} deep")
+        node: Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
@@ -176,7 +176,7 @@ def _composed(text: str) -> Node | None:
     nodes = None
     try:
         nodes = _Nodes(text)
-        node: Node | None = nodes.get_single_node()  # type: ignore[no-untyped-call]
+        node: Node | None = nodes.get_single_node()
         return node
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -244,6 +244,7 @@ class _Plain:
             for number, item in enumerate(node.value):
                 size += self._check(item, f"{place}.{number}" if place else str(number))
         else:
+            assert isinstance(node, MappingNode)
             if node.tag != f"{_STANDARD}map":
                 _refuse_tag(node)
             self._check_keys(node, place)
@@ -311,6 +312,7 @@ class _Plain:
             return _scalar(node.tag.removeprefix(_STANDARD), node.value)
         if isinstance(node, SequenceNode):
             return [self._value(item) for item in node.value]
+        assert isinstance(node, MappingNode)
         return dict(self._items(node))
 
     def _items(self, node: MappingNode) -> Iterator[tuple[str, Any]]:

@@ -56,15 +56,16 @@ def shallow_grey(values: np.ndarray, white: int | None = None) -> Image.Image:
     Usual are 1 (of floating point), 255, 65 535, and the largest number of 31 or 32 bits.
     """
     floating = values.dtype.kind == "f"
-    values = np.nan_to_num(values, posinf=0, neginf=0) if floating else values
+    if floating:
+        values = np.nan_to_num(values, posinf=0, neginf=0)
     top = float(values.max(initial=0))
     full: float | None = white
     if full is None:
         deepest = 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1
         usual = (1, 255, 65_535, deepest, top) if floating else (255, 65_535, deepest)
         full = next(value for value in usual if top <= value)
-    wide = np.float64 if values.dtype.itemsize > 2 else np.float32
-    scaled = values.astype(wide) * wide(255 / full)
+    wide = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+    scaled = np.multiply(wide, wide.dtype.type(255 / full))
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
