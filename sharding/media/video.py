@@ -103,7 +103,8 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
     Args:
         kind: the ``container_format``.
     """
-    unit = float(stream.time_base or 1)
+    base = stream.time_base or Fraction(1)
+    unit = float(base)
     timed: list[tuple[int, int | None]] = []  # when a frame is shown and decoded, in the order of the packets
     keys: list[int] = []
     hidden, untimed, early = False, 0, 0
@@ -130,7 +131,7 @@ def clip_packets(container: InputContainer, kind: str, stream: VideoStream) -> P
     longest = max(_CLOCK_OF_SENDER.get(kind, _CLOCK_OF_FILE), _HELD * usual * unit)
     runs = _runs(timed)
     parts = [part for run in runs for part in _split(run, longest / unit)]
-    rate = _rate([after - before for part in parts for before, after in pairwise(part)], unit)
+    rate = _rate([after - before for part in parts for before, after in pairwise(part)], base)
     seconds: list[float] = []
     for part in parts:
         begin = seconds[-1] + 1 / rate if seconds else 0.0
@@ -177,7 +178,7 @@ def _median(steps: Sequence[float]) -> float:
     return found[(len(found) - 1) // 2] if found else 0.0
 
 
-def _rate(steps: Sequence[float], unit: float) -> float:
+def _rate(steps: Sequence[float], unit: Fraction) -> float:
     """Frames per second of frames that follow each other after these steps of ``unit`` s; 1 where that is unknown.
 
     The mean, in which frames that are held (a slide, a gap of a recorder) do not count::
@@ -188,12 +189,12 @@ def _rate(steps: Sequence[float], unit: float) -> float:
     moving = [step for step in steps if 0 < step <= _HELD * usual]
     if not moving:
         return 1.0
-    return min(len(moving) / (sum(moving) * unit), _MAX_RATE)
+    return min(float(len(moving) / (Fraction(sum(moving)) * unit)), _MAX_RATE)
 
 
 def usual_rate(times: Sequence[float]) -> float:
     """Frames per second, while the picture moves, of frames shown at these seconds (ascending)."""
-    return _rate([after - before for before, after in pairwise(times)], 1.0)
+    return _rate([after - before for before, after in pairwise(times)], Fraction(1))
 
 
 def shown_frames(data: bytes, max_pixels: int) -> tuple[Packets, Iterator[tuple[float, av.VideoFrame]]]:
