@@ -9,6 +9,9 @@ The same input gives the same output bytes: one encoder thread, no time stamps.
 ``info``            what is known of an image or clip, and its stored form
 ``untrusted``       the limits, and what decoders raise, as ``BadData``
 ``images``          probing, decoding, encoding of images
+``stills``          opening an image of any format: what its header says, its pixels as browsers show them
+``png``, ``gif``    the chunks of PNG that decide the picture; frames of GIF on a transparent canvas
+``formats``         formats by their first bytes, those that are refused by name among them
 ``colour``          any colour mode to 8-bit sRGB
 ``hdr``             HDR and wide-gamut colours to sRGB
 ``containers``      the containers of clips: their video stream, and whether bytes are missing

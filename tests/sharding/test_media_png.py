@@ -101,6 +101,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_no_ancillary_chunk_costs_an_image_or_changes_a_pixel(place):
     for name, added in HARMLESS.items():

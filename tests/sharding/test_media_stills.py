@@ -120,6 +120,7 @@ def test_what_no_frame_of_a_webp_covers_is_transparent():
     assert _distance(shown, expected) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_metadata_of_webp_costs_nothing():
     exif = Image.Exif()
     exif[0x0112] = 6
