@@ -328,7 +328,7 @@ def _explain(detail: Any) -> str:
         kind = detail["input"]["kind"]
         expected = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
         kinds = [TASK_TAGS.get(tag, tag) for tag in expected]
-        return f"{field}.kind: got {_shown(kind, location)}{did_you_mean(str(kind), kinds)}"
+        return f"{field}.kind: got {_shortened(kind)}{did_you_mean(str(kind), kinds)}"
     if detail["type"] == "union_tag_not_found":
         return f"{field}.kind: is required"
     if detail["type"] == "extra_forbidden":
@@ -379,6 +379,10 @@ def _shown(value: Any, location: list[Any]) -> str:
         return "(hidden)"
     if isinstance(value, dict | list) and value:
         return "a block of keys" if isinstance(value, dict) else "a list"  # whatever it holds
+    return _shortened(value)
+
+
+def _shortened(value: Any) -> str:
     text = without_credentials(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 

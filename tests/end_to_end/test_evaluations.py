@@ -63,13 +63,18 @@ def perfect(run: Storage, outcome: Outcome) -> None:
 
 
 def test_a_job_on_prepared_shards_is_stopped_by_a_fall_then_evaluated_and_exported_by_its_address(
-    glscl: Glscl, tmp_path: Path
+    glscl: Glscl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also, since it leaves every kind of record: that none of them holds the passwords of the store's address."""
+    """Also, since it leaves every kind of record: that none of them holds a password of the job or the environment."""
     tree = prepared_job(tmp_path) | {"name": "falls"}
-    tree["tracking"]["uri"] = (
-        f"sqlite:///file:{tmp_path}/mlflow.db?uri=true&password={quote(SECRET, safe='')}"
-    )
+    tree["cluster"]["environment"] = {  # nothing is installed on this machine
+        "pip": [
+            f"x @ https://me:{quote(SECRET, safe='')}@h/x.whl",
+            f"y @ postgresql://me:{SECRET}@h/y",
+        ],
+        "env_vars": {"OWN": SECRET},
+    }
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     tree["train"]["workers"] = 1
     tree["train"]["stages"][0] |= {"steps": 4000, "checkpoint_every": 20}
     tree["checkpoints"] = {"keep_last": 1, "keep_best": "held-out/t2i_R1"}
