@@ -490,15 +490,15 @@ def test_metrics_that_a_slow_disk_takes_are_not_counted_as_lost_and_others_are(
     from pipeline.tracking.config import TrackingConfig
     from pipeline.tracking.logger import MetricLogger
 
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", buffered=100, flush_s=1e6, system_s=1e9)
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", buffered=1000, flush_s=1e6, system_s=1e9)
     logger = MetricLogger(config, "key", run_id="id", spool=open_storage(tmp_path / "tracking"))
     monkeypatch.setattr(MetricLogger, "_connected", fail(ConnectionError("away")))
-    for step in range(40):
+    for step in range(400):
         logger.log(step, {"loss": 1.0})
     write = Storage.write_bytes
 
     def slowly(*arguments: Any) -> None:
-        for step in range(40, 120):  # twenty more than there is room for
+        for step in range(400, 1200):  # 200 more than there is room for
             logger.log(step, {"loss": 1.0})
         monkeypatch.setattr(Storage, "write_bytes", write)
         fail(FULL)() if full else write(*arguments)
@@ -506,8 +506,8 @@ def test_metrics_that_a_slow_disk_takes_are_not_counted_as_lost_and_others_are(
     monkeypatch.setattr(Storage, "write_bytes", slowly)
     monkeypatch.setattr(logger._wake, "set", lambda: None)  # no other spills meanwhile
     logger._spill()
-    assert logger._dropped == (20 if full else 0)
-    assert [row.step for row in logger._rows] == list(range(20 if full else 40, 120))
+    assert logger._dropped == (200 if full else 0)
+    assert [row.step for row in logger._rows] == list(range(200 if full else 400, 1200))
     assert logger._points == len(logger._rows)
     monkeypatch.undo()
 
