@@ -281,10 +281,10 @@ def _names_and_sizes(config: HuggingFaceSource, column: Any) -> Iterator[tuple[s
     for size, path in zip(sizes, cells_of(pc.struct_field(column, "path")), strict=True):
         path = path if isinstance(path, str) else None
         if size is None and path is not None:
-            # The size of a file; a missing one, or one of no possible name, is the task's to find.
-            with contextlib.suppress(OSError, ValueError):
-                file = Path(path)
-                size = file.stat().st_size if file.is_file() else None
+            # The size of a file; a missing one, or one that is not the dataset's, is the task's to find.
+            file = _own_file(config, path)
+            with contextlib.suppress(OSError):
+                size = file.stat().st_size if file is not None and file.is_file() else None
         yield None if path is None else Path(path).name, size
 
 
