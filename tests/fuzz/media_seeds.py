@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import zlib
 from typing import Any
 
 import av
 import numpy as np
+import pillow_heif
 from PIL import Image, PngImagePlugin
 
 
@@ -22,9 +24,21 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return sink.getvalue()
 
 
+def _heic(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    pillow_heif.from_pillow(image).save(sink, quality=30)
+    return sink.getvalue()
+
+
+def _with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk behind IHDR, which ends at byte 33."""
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    return png[:33] + chunk + png[33:]
+
+
 @functools.cache
 def images() -> tuple[bytes, ...]:
-    """JPEG, PNG (colour types, depths, metadata), WebP, GIF, BMP, TIFF, PPM, AVIF."""
+    """JPEG, PNG (colour types, depths, metadata, HDR), WebP, GIF, BMP, TIFF, PPM, AVIF, HEIC."""
     rgb, rgba = Image.fromarray(_pixels(12, 16, 3)), Image.fromarray(_pixels(12, 16, 4))
     grey16 = Image.fromarray(_pixels(12, 16, 1)[..., 0].astype(np.uint16) * 257)
     palette = rgb.quantize(16)
@@ -54,6 +68,8 @@ def images() -> tuple[bytes, ...]:
         _saved(grey16, "TIFF"),
         _saved(rgb, "PPM"),
         _saved(rgb, "AVIF", quality=30),
+        _heic(rgb),
+        _with_chunk(_saved(rgb, "PNG"), b"cICP", bytes([9, 16, 0, 1])),  # BT.2020 with PQ
     )
 
 
