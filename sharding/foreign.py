@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from xxhash import xxh3_64_intdigest
 
 from sharding.captions import NotText, stored_captions
@@ -236,8 +236,10 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     path = f"index/{name}.json"
     try:
         record = ForeignRecord.model_validate(dataset.read_json(path))
-    except (FileNotFoundError, ValidationError):
-        pass  # not read yet, or by a version of this program whose index was another
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except (FileNotFoundError, ValueError):
+        pass  # not read yet, damaged, or by a version of this program whose index was another
     else:
         if (record.tar_bytes, record.modality, record.caption_field) == (file.size, modality, caption_field):
             return record

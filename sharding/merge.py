@@ -17,7 +17,6 @@ Merging is not mixing by weights: that is what a training's ``mixture`` does, wi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import tarfile
@@ -227,8 +226,12 @@ def _with_prefix(shard: KeyedShard, prefix: str) -> KeyedShard:
 def _make(target: Storage, job: _Job) -> ShardRecord:
     """Make one shard of the result, unless its commit record says that this was done."""
     path = f"commits/{job.name}.json"
-    with contextlib.suppress(FileNotFoundError):
+    try:
         return ShardRecord.model_validate(target.read_json(path))
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except (FileNotFoundError, ValueError):
+        pass  # not made yet, or its record is damaged
     source = job.source.manifest.shards[job.shard]
     index = load_index(job.source.dataset, source)
     with tempfile.TemporaryDirectory(prefix="glscl-merge-") as folder:

@@ -136,8 +136,10 @@ def _identity(found: Survey) -> Survey:
 def _read_plan(dataset: Storage) -> Plan:
     try:
         return Plan.model_validate(dataset.read_json(PLAN_PATH))
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except ValueError as error:  # not JSON, or JSON of something else
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not JSON"
         raise UserError(f"{dataset.url_of(PLAN_PATH)} is no plan ({problem}): remove its folder") from None
 
 

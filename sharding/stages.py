@@ -18,6 +18,7 @@ it writes a few small pictures (``sharding/contact.py``) for the closing report 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tempfile
 from collections import Counter, defaultdict
@@ -127,8 +128,11 @@ def _recorded(dataset: Storage, path: str) -> TaskRecord | None:
         return TaskRecord.model_validate(dataset.read_json(path))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        url, problem = dataset.url_of(path), error.errors()[0]["msg"]
+    except UserError:
+        raise  # a ValueError too: the storage refuses
+    except ValueError as error:  # not JSON, or JSON of something else
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not JSON"
+        url = dataset.url_of(path)
         raise UserError(
             f"{url} is no record of a task ({problem}): remove it, and the task is done again"
         ) from None
@@ -136,7 +140,11 @@ def _recorded(dataset: Storage, path: str) -> TaskRecord | None:
 
 def committed_record(work: Work, task: int) -> TaskRecord:
     """The record of a committed task. FileNotFoundError (with the url) where it is not committed."""
-    return TaskRecord.model_validate(work.dataset.read_json(_record_path(task, committed=True)))
+    path = _record_path(task, committed=True)
+    record = _recorded(work.dataset, path)
+    if record is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", work.dataset.url_of(path))
+    return record
 
 
 def recorded_tasks(work: Work, committed: bool) -> Iterator[TaskRecord]:

@@ -41,6 +41,7 @@ _HEADER = struct.Struct(">IIBBBBB")
 _PLACE = struct.Struct(">IIIII")  # fcTL begins with: sequence number, width, height, x, y
 _CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 _LONGEST = (1 << 31) - 1
+_MOST_CHUNKS = 100_000  # encoders write pixels in chunks of 8 KiB and more
 _PIECE = 1 << 24
 # The passes of Adam7: (x, y) of the first pixel of each, and the steps to the next.
 _PASSES = (
@@ -73,7 +74,11 @@ class _Chunk:
 def _chunks(data: bytes) -> Iterator[_Chunk]:
     """Up to IEND or the end of the file, which may cut the last one. What no four letters name is left out."""
     view, place = memoryview(data), len(SIGNATURE)
+    number = 0
     while place + 8 <= len(data):
+        number += 1
+        if number > _MOST_CHUNKS:
+            raise BadData("decode-failed", f"PNG: it has more than {_MOST_CHUNKS} chunks")
         size, kind = int.from_bytes(view[place : place + 4], "big"), bytes(view[place + 4 : place + 8])
         start, end = place + 8, place + 8 + size
         if size > _LONGEST:

@@ -6,12 +6,9 @@ are clips. The suffix does not tell; the content does.
 
 from __future__ import annotations
 
-import io
-
-from PIL import Image
-
 from sharding.errors import BadData
-from sharding.media.untrusted import decoding
+from sharding.media.gif import Gif
+from sharding.media.untrusted import MAX_PIXELS, decoding
 
 STILL = "still-image"
 
@@ -24,29 +21,48 @@ _HEADS = (
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\0\0\x01\0", "ICO"),
 )
+_WEBP_ANIMATED = 0x02  # of the flags of the extended header
 _STILL_BRANDS = {  # of ISO media; sequences of images have others (avis, hevc, msf1)
     b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIF",
 }  # fmt: skip
 
 
-def refuse_still(data: bytes) -> None:
-    """Raise BadData ``still-image``, naming the format, where the bytes are an image of one frame."""
-    found = _still_format(data)
+def refuse_still(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise BadData where the bytes are an image of one frame: ``still-image``, naming the format.
+
+    Only headers are read. Of a GIF, whose frames say where they lie, also ``too-many-pixels``.
+    """
+    found = _still_format(data, max_pixels)
     if found is not None:
         raise BadData(STILL, f"a {found} image of one frame, where clips are wanted")
 
 
 @decoding()
-def _still_format(data: bytes) -> str | None:
+def _still_format(data: bytes, max_pixels: int) -> str | None:
     head = data[:16]
     if head[4:8] == b"ftyp":
         return _STILL_BRANDS.get(head[8:12])
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return None if _frames_of_png(data) > 1 else "PNG"
-    if head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
-        with Image.open(io.BytesIO(data), formats=("GIF", "WEBP")) as image:
-            return None if _has_second_frame(image) else image.format
+    if head[:4] == b"GIF8":
+        return None if len(Gif(data, max_pixels)) > 1 else "GIF"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return None if _is_animated_webp(data) else "WEBP"
     return next((name for start, name in _HEADS if data.startswith(start)), None)
+
+
+def _is_animated_webp(data: bytes) -> bool:
+    """By its chunks ANMF, a frame each. One that ends early is none of one frame: nobody knows how many it had."""
+    if data[12:16] != b"VP8X" or not data[20:21] or not data[20] & _WEBP_ANIMATED:
+        return False
+    frames, place = 0, 12
+    while place + 8 <= len(data):
+        frames += data[place : place + 4] == b"ANMF"
+        if frames > 1:
+            return True
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+    return int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _frames_of_png(data: bytes) -> int:
@@ -60,11 +76,3 @@ def _frames_of_png(data: bytes) -> int:
             break
         position += 12 + size
     return 1
-
-
-def _has_second_frame(image: Image.Image) -> bool:
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True

@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from sharding.errors import BadData
 from sharding.media.colour import curve_table, eight_bits, is_deep, matrix_profile, shallow_grey
-from sharding.media.formats import is_heic, is_raw_photograph, refused_format
+from sharding.media.formats import is_avif, is_heic, is_raw_photograph, refused_format
 from sharding.media.gif import Gif
 from sharding.media.hdr import needs_mapping, to_sdr
 from sharding.media.png import Png, is_png
@@ -113,6 +113,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
+        if is_avif(data):  # of a format that is read, but damaged
+            raise
         name, reason = refused_format(data), _refused_tiff(data)
         if name is not None:
             raise BadData(

@@ -36,9 +36,15 @@ class MediaDecoder:
     def _reads_videos(self) -> bool:
         return self._image is None or self._image.frames is not None
 
+    @property
+    def _max_pixels(self) -> int:
+        block = self._video or self._image
+        assert block is not None
+        return block.max_pixels
+
     def _header(self, data: bytes) -> MediaInfo:
         if self._reads_videos:
-            refuse_still(data)
+            refuse_still(data, self._max_pixels)
         if self._video is not None:
             return probe_video(data, self._video.max_pixels)
         assert self._image is not None
@@ -56,7 +62,7 @@ class MediaDecoder:
 
     def _parts(self, data: bytes) -> Iterator[Encoded | BadData]:
         if self._reads_videos:
-            refuse_still(data)
+            refuse_still(data, self._max_pixels)
         if self._video is not None:
             return cut_video(data, self._video)
         assert self._image is not None

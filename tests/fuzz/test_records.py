@@ -11,13 +11,17 @@ import pytest
 from pipeline.runs import load_run_job, read_record
 from pipeline.training.checkpoints import list_checkpoints
 from pipeline.training.checkpoints.record import COMMIT, commit
+from sharding.config import PrepareConfig
 from sharding.errors import BadData, UserError
 from sharding.index import load_index, read_index
 from sharding.manifest import MANIFEST_PATH, load_manifest
+from sharding.plan import make_plan, survey
+from sharding.sources import open_source
+from sharding.stages import Work, encode, recorded_tasks
 from sharding.storage import Storage, open_storage
 from tests.fixtures.fuzz import Fuzz, read_or_refuse
 from tests.fuzz.mutations import mutated_bytes, mutated_json
-from tests.sharding.real_media import write_image_dataset
+from tests.sharding.real_media import picture, write_image_dataset
 
 
 @pytest.fixture
@@ -74,6 +78,35 @@ def test_a_damaged_checkpoint_record_is_passed_over_and_the_one_before_is_listed
             assert checkpoint.record == whole["record"]
 
     fuzz("checkpoint_records", mutated_json([whole]), check, 150)
+
+
+def test_damaged_records_of_a_preparation_are_refused_by_name(fuzz: Fuzz, tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    for number in range(2):
+        (tmp_path / "raw" / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / "raw" / f"{number}.txt").write_text("a caption")
+    source = {"kind": "folder", "path": str(tmp_path / "raw")}
+    config = PrepareConfig.model_validate({"source": source, "modality": "image", "filters": []})
+    dataset = open_storage(tmp_path / "dataset")
+
+    def run() -> int:
+        listing = open_source(config, dataset)
+        work = Work(dataset, config, make_plan(listing, survey(listing, lambda _: None), config, dataset))
+        return (
+            sum(record.counts.kept for record in recorded_tasks(work, committed=True))
+            or encode(work, 0).counts.kept
+        )
+
+    assert run() == 2
+    whole = {path: dataset.read_bytes(path) for path in ("plan.json", "commits/000000.json")}
+
+    def check(data: bytes) -> None:
+        for path in whole:
+            dataset.write_bytes(path, data)
+            read_or_refuse(run, UserError, f"{dataset.url}/{path}")
+            dataset.write_bytes(path, whole[path])
+
+    fuzz("preparation_records", mutated_json([json.loads(data) for data in whole.values()]), check, 60)
 
 
 def test_a_damaged_record_of_a_run_is_refused_by_name(fuzz: Fuzz, storage: Storage):

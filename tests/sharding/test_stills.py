@@ -11,6 +11,8 @@ from sharding.errors import BadData
 from sharding.filters.config import chosen
 from sharding.foreign import index_shards
 from sharding.media.config import ImageConfig, VideoConfig
+from sharding.media.single_frame import refuse_still
+from sharding.media.video import probe_video
 from sharding.media.worker import MediaDecoder
 from sharding.storage import open_storage
 from tests.fixtures.corpora import CORPUS, corpus_rows
@@ -95,3 +97,27 @@ def test_a_still_in_another_programs_tar_is_left_out_and_counts_in_no_limit(tmp_
     assert (manifest.counts.kept, manifest.counts.dropped) == (2, {"still-image": 2})
     inputs, _ = listed(source(tmp_path, kind="webdataset", modality="video"))
     assert [item.address for item in inputs] == ["0.tar/a.webp", "0.tar/b.webp", "0.tar/c.gif", "0.tar/d.mp4"]
+
+
+def test_the_canvas_of_an_animation_is_judged_before_it_is_allocated():
+    huge = (
+        b"GIF89a\xff\xff\xff\xff\x00\x00\x00"
+        + b",\x00\x00\x00\x00\x01\x00\x01\x00\x80"
+        + bytes(6)
+        + b"\x02\x02D\x01\x00;"
+    )
+    with pytest.raises(BadData) as caught:
+        refuse_still(huge, 1_000_000)
+    assert caught.value.cause == "too-many-pixels"
+
+
+def test_an_animated_webp_that_is_cut_is_broken_and_no_still():
+    frames = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in (0, 90, 200)]
+    sink = io.BytesIO()
+    frames[0].save(sink, "WEBP", save_all=True, append_images=frames[1:], duration=100)
+    whole = sink.getvalue()
+    refuse_still(whole)
+    second = whole.index(b"ANMF", whole.index(b"ANMF") + 4)
+    refuse_still(whole[:second])
+    with pytest.raises(BadData, match="decode-failed"):
+        probe_video(whole[: second - 4])

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from sharding.errors import BadData, BadDataLimit, UserError
+from sharding.sources.base import reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,15 +55,20 @@ class ImageReader:
         """The file as it is.
 
         Raises:
-            BadData: ``missing-image``, ``too-large`` (bytes), or ``bad-address``.
+            BadData: ``missing-image``, ``too-large`` (bytes), ``bad-address``, or why the store does not give this
+                one: ``archived``, ``access-denied``, ``unreadable-file``, ...
+            UserError: what concerns all images: wrong credentials.
         """
         folder = self._folder(image)
         try:
-            data = folder.read_bytes(image.path, length=_MAX_BYTES + 1)
-        except FileNotFoundError:
-            raise BadData("missing-image", f"there is no {folder.url_of(image.path)}") from None
-        except UserError as error:
+            url = folder.url_of(image.path)
+        except UserError as error:  # it leads out of the folder
             raise BadData("bad-address", str(error)) from None
+        try:
+            with reading(url):
+                data = folder.read_bytes(image.path, length=_MAX_BYTES + 1)
+        except FileNotFoundError:
+            raise BadData("missing-image", f"there is no {url}") from None
         if len(data) > _MAX_BYTES:
             raise BadData("too-large", f"{folder.url_of(image.path)} has more than {_MAX_BYTES >> 20} MiB")
         return data
