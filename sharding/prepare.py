@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sharding.config import ImageConfig, PrepareConfig, VideoConfig
-from sharding.errors import BadDataLimit, StorageFault, UserError
+from sharding.errors import BadDataLimit, StorageFault, StorageRefused, UserError
 from sharding.manifest import (
     MANIFEST_PATH,
     REPORT_PATH,
@@ -435,6 +435,8 @@ class _Tasks:
         try:
             result = ray.get(finished[0])
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StorageRefused):
+                raise TaskFailed(f"{place}: {error.cause}") from None
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
             if isinstance(error.cause, StorageFault):

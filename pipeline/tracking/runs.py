@@ -103,6 +103,7 @@ def _tell_of_move(run: Run, tags: Mapping[str, str]) -> None:
 
 def find_run(client: MlflowClient, config: TrackingConfig, key: str) -> str | None:
     """The id of the run of ``key``, or nothing while the driver has not made it; used by the workers."""
+    config = config.resolved(Path.cwd())
     experiment = _known_experiment(client, config)
     if experiment is None:
         return None
