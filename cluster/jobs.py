@@ -164,7 +164,7 @@ def logs(address: str, job_id: str, follow: bool = False) -> Iterator[str]:
 
 
 def stop(address: str, job_id: str) -> JobReport:
-    """Asks the job to end (SIGTERM, and SIGKILL 3 s later), waits for that and returns its last state."""
+    """Asks the job to end (SIGTERM, and SIGKILL ``_STOP_WAIT_S`` later), waits for that; returns its last state."""
     client = _client(address)
     with _explained(address, job_id):
         client.stop_job(job_id)

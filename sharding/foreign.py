@@ -248,9 +248,10 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     skipped = Skipped()
     try:
         with reading(file.path):
-            if "" in name.split("/"):
+            if any(part in ("", ".", "..") for part in name.split("/")):
                 raise UnreadableFile(
-                    "bad-address", f"{escape_name(url)}: its key has an empty part between slashes"
+                    "bad-address",
+                    f"{escape_name(url)}: its key has an empty, '.' or '..' part between slashes",
                 )
             with dataset.open(file.path) as stream:
                 walk = TarWalk(stream, url)
