@@ -418,11 +418,14 @@ def submit(
     """
     from cluster import jobs
     from pipeline import submission
+    from pipeline.yaml_reader import read_content
 
-    config = submission.load_for_cluster(job, overrides)
+    content = read_content(job)
+    config = submission.load_for_cluster(job, overrides, content)
     submitted = jobs.submit(
         job,
         address,
+        content=content,
         job_id=job_id,
         arguments=["run", jobs.STAGED_YAML, *(part for one in overrides for part in ("--set", one))],
         environment=config.cluster.environment,
