@@ -73,6 +73,7 @@ def submit(
     job_yaml: Path,
     address: str,
     *,
+    content: bytes | None = None,
     job_id: str | None = None,
     arguments: Sequence[str] = ("run", STAGED_YAML),
     environment: Environment | None = None,
@@ -84,6 +85,7 @@ def submit(
     """Sends a job to the cluster and returns its id (a new one, after the YAML's name, if none is given).
 
     Args:
+        content: of the YAML, where it was read already: it may be a pipe.
         arguments: of the ``glscl`` that runs there. They travel in a file: Ray shows a job's command to whoever can
             reach its dashboard.
         variables: more of the environment of the job's driver; they travel in that file too.
@@ -99,7 +101,8 @@ def submit(
     client = _client(address)
     chosen = job_id or f"{job_yaml.stem}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="glscl-job-") as folder, _explained(address):
-        stage(job_yaml, Path(folder), arguments, variables or {}, modules)
+        sent = job_yaml.read_bytes() if content is None else content
+        stage(sent, Path(folder), arguments, variables or {}, modules)
         try:
             client.submit_job(
                 entrypoint=entrypoint,
@@ -164,7 +167,7 @@ def logs(address: str, job_id: str, follow: bool = False) -> Iterator[str]:
 
 
 def stop(address: str, job_id: str) -> JobReport:
-    """Asks the job to end (SIGTERM, and SIGKILL 3 s later), waits for that and returns its last state."""
+    """Asks the job to end (SIGTERM, and SIGKILL ``_STOP_WAIT_S`` later), waits for that; returns its last state."""
     client = _client(address)
     with _explained(address, job_id):
         client.stop_job(job_id)
@@ -175,14 +178,14 @@ def stop(address: str, job_id: str) -> JobReport:
 
 
 def stage(
-    job_yaml: Path,
+    job_yaml: bytes,
     folder: Path,
     arguments: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
     modules: Sequence[Path] = (),
     packages: Sequence[str] = import_path.PACKAGES,
 ) -> None:
-    """Copies the packages, without caches and the demo's corpus, and the YAML (as ``job.yaml``) into an empty folder.
+    """Fills an empty folder with the packages, without caches and the demo's corpus, and the YAML (``job.yaml``).
 
     Args:
         arguments: of the ``glscl`` that will run there.
@@ -192,7 +195,7 @@ def stage(
     Raises:
         ClusterError: a package is not importable, or all is more than 64 MiB.
     """
-    shutil.copyfile(job_yaml, folder / STAGED_YAML)
+    (folder / STAGED_YAML).write_bytes(job_yaml)
     for name in packages:
         found = importlib.util.find_spec(name)
         if found is None or not found.submodule_search_locations:

@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 
 from pipeline.checkpoints import checkpoints
 from pipeline.environment import columns, settle_home, settle_output
-from pipeline.redaction import Redacting, redact, redact_tracebacks
+from pipeline.redaction import Redacting, redact, redact_tracebacks, without_credentials
 from pipeline.shards import shards
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ Overrides = Annotated[
 ]
 Address = Annotated[
     str,
-    typer.Option(help="Address of the cluster's job server (Ray's dashboard), e.g. `http://127.0.0.1:8265`."),
+    typer.Option(
+        help="Address of the cluster's job server (Ray's dashboard). Default: `RAY_API_SERVER_ADDRESS`, else "
+        "`http://127.0.0.1:8265`.",
+        show_default=False,  # the variable's may hold a password
+    ),
 ]
 JobId = Annotated[str, typer.Argument(help="The id that `glscl submit` printed.", metavar="ID")]
 
@@ -414,11 +418,14 @@ def submit(
     """
     from cluster import jobs
     from pipeline import submission
+    from pipeline.yaml_reader import read_content
 
-    config = submission.load_for_cluster(job, overrides)
+    content = read_content(job)
+    config = submission.load_for_cluster(job, overrides, content)
     submitted = jobs.submit(
         job,
         address,
+        content=content,
         job_id=job_id,
         arguments=["run", jobs.STAGED_YAML, *(part for one in overrides for part in ("--set", one))],
         environment=config.cluster.environment,
@@ -427,8 +434,9 @@ def submit(
     )
     out = console()
     out.print(f"submitted as {submitted}", highlight=False)
-    out.print(f"  glscl status {submitted} --address {address}", highlight=False, soft_wrap=True)
-    out.print(f"  glscl logs -f {submitted} --address {address}", highlight=False, soft_wrap=True)
+    shown = without_credentials(address)
+    out.print(f"  glscl status {submitted} --address {shown}", highlight=False, soft_wrap=True, markup=False)
+    out.print(f"  glscl logs -f {submitted} --address {shown}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -36,7 +36,7 @@ from pipeline.scoring import ITC
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import Block, CheckpointBlock, TrainBlock
 from pipeline.training.health.config import HealthBlock
-from pipeline.yaml_reader import parse_yaml, read_yaml
+from pipeline.yaml_reader import parse_content, parse_yaml, read_content
 from sharding.errors import UserError
 from sharding.filters.config import FilterConfig
 from sharding.given_path import SENT, GivenPath, means_the_same_everywhere
@@ -222,7 +222,13 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     return f"; known: {', '.join(sorted(names))}" if len(names) <= 12 else ""
 
 
-def load_job(path: str | Path, overrides: typing.Sequence[str] = (), *, sent: bool = False) -> JobConfig:
+def load_job(
+    path: str | Path,
+    overrides: typing.Sequence[str] = (),
+    *,
+    sent: bool = False,
+    content: bytes | None = None,
+) -> JobConfig:
     """Read, override and validate a job file.
 
     Args:
@@ -230,11 +236,12 @@ def load_job(path: str | Path, overrides: typing.Sequence[str] = (), *, sent: bo
         overrides: ``dotted.key=value`` strings, values parsed as YAML; list items by number
             (``train.stages.0.steps=100``).
         sent: the job is to run on other machines: relative paths are faults.
+        content: of the file, where it was read already.
 
     Raises:
         UserError: one line for each fault, naming the field, the value and what would be right.
     """
-    tree = read_yaml(path)
+    tree = parse_content(read_content(path) if content is None else content, path)
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else "is no mapping"
         raise UserError(

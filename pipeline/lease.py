@@ -151,9 +151,7 @@ def _take(run: Storage, silence_s: float) -> int:
     number = _newest(run)
     if number is not None:
         record = _read(run, f"{FOLDER}/{number:08d}.json")
-        if {"host", "machine", "pid", "started", "since"} <= set(record) and _lives(
-            run, number, record, silence_s
-        ):
+        if {"host", "machine", "pid", "since"} <= set(record) and _lives(run, number, record, silence_s):
             raise UserError(_refusal(run, record))
     following = (number or 0) + 1
     mine = {
@@ -161,7 +159,7 @@ def _take(run: Storage, silence_s: float) -> int:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "started": started_s(os.getpid()),
+        "started_s": started_s(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if not run.create_exclusive(f"{FOLDER}/{following:08d}.json", json.dumps(mine).encode()):
@@ -178,7 +176,9 @@ def _lives(run: Storage, number: int, record: dict[str, Any], silence_s: float) 
     last = _read(run, path)
     if last.get("released"):
         return False
-    if record.get("machine") == _machine():
+    if (
+        record.get("machine") == _machine() and "started_s" in record
+    ):  # else an older version's: its beats tell
         return _runs(record)
     if _newest(run) != number:
         return False  # somebody was faster, which whoever creates the next record finds out
@@ -201,7 +201,7 @@ def _runs(record: dict[str, Any]) -> bool:
     """Whether a process of this machine is still the one of the record, and not another of the same number."""
     try:
         pid = int(record["pid"])
-        same = abs(started_s(pid) - float(record["started"])) < _CLOCK_S
+        same = abs(started_s(pid) - float(record["started_s"])) < _CLOCK_S
         return same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

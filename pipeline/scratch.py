@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -61,14 +62,15 @@ def only_copy(key: str, run: Storage) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"glscl-{key}-{os.getuid()}.lock"
     with _locked(path) as lock:
         if lock is None:
-            holder = path.read_text() if path.exists() else ""
+            holder = path.read_text("utf-8", "replace").partition("\n")[0] if path.exists() else ""
             raise UserError(
                 f"{run.url} is a copy of a run that is being trained now ({holder or key}): both would go on in "
                 "the same run of MLflow; wait for its end, or stop it"
             )
         try:
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{run.url}, by process {os.getpid()}".encode())
+            os.write(
+                lock, f"{run.url}, by process {os.getpid()}\n".encode()
+            )  # what a killed one left stays behind
         except OSError as error:
             raise UserError(f"cannot write {path} (below TMPDIR): {error.strerror}") from None
         yield
@@ -76,9 +78,20 @@ def only_copy(key: str, run: Storage) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int | None]:
-    """The locked file, removed in the end; None where another process holds it."""
+    """The locked file, removed in the end; None where another process holds it.
+
+    Raises:
+        UserError: it cannot be opened, or is a link.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Anybody may lay a link where a folder is all users'.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            why = "is a link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
+            raise UserError(
+                f"{path} (below TMPDIR) {why}: remove it, or set TMPDIR to a folder of yours"
+            ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster import import_path
 from pipeline.config import JobConfig, load_job
 from pipeline.tracking.config import without_credentials
+from pipeline.yaml_reader import read_content
 from sharding.errors import UserError
 from sharding.filters.config import CustomFilter
 from sharding.prepare import PrepareConfig
@@ -19,19 +20,23 @@ _EXPERIMENT_VARIABLES = ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID")
 _RIGHT = "an MLflow server (http://host:5000) or a database at an absolute path (sqlite:////data/mlflow.db)"
 
 
-def load_for_cluster(path: Path, overrides: list[str]) -> JobConfig:
+def load_for_cluster(path: Path, overrides: list[str], content: bytes | None = None) -> JobConfig:
     """A job as :func:`pipeline.config.load_job` reads it, that means the same on every machine.
+
+    Args:
+        content: of the file, where it was read already: a pipe gives it once.
 
     Raises:
         UserError: one line for each fault: also for each path that is relative, and where nothing says where to
             track.
     """
+    content = read_content(path) if content is None else content
     try:
-        job = load_job(path, overrides, sent=True)
+        job = load_job(path, overrides, sent=True, content=content)
         lines = []
     except UserError as error:
         lines = str(error).splitlines()
-        job = load_job(path, overrides)  # raises where anything else is wrong
+        job = load_job(path, overrides, content=content)  # raises where anything else is wrong
     lines += [f"{path}: {fault}" for fault in _tracking_faults(job, os.environ)]
     if lines:
         raise UserError("\n".join(lines))

@@ -109,8 +109,12 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         UserError: one line for each fault, naming the file and the line.
     """
-    source = Path(path)
-    return parse_yaml(_decoded(_content(source), source), str(source))
+    return parse_content(read_content(path), path)
+
+
+def parse_content(content: bytes, path: str | Path) -> Any:
+    """The plain data of what ``read_content`` gave; raises as ``read_yaml``."""
+    return parse_yaml(_decoded(content, Path(path)), str(path))
 
 
 def parse_yaml(text: str, origin: str, place: str = "") -> Any:
@@ -131,7 +135,13 @@ def parse_yaml(text: str, origin: str, place: str = "") -> Any:
         raise UserError("\n".join(f"{origin}: {line}" for line in fault.lines)) from None
 
 
-def _content(source: Path) -> bytes:
+def read_content(path: str | Path) -> bytes:
+    """The bytes of a job's file, or of a pipe, which gives them once.
+
+    Raises:
+        UserError: it cannot be read, or is larger than a job's file.
+    """
+    source = Path(path)
     try:
         with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
             content = b""

@@ -52,7 +52,7 @@ from sharding.media import MediaInfo, probe_image
 from sharding.media.single_frame import refuse_still
 from sharding.media.video import clip_info
 from sharding.names import Skipped, escape_name
-from sharding.sources.addresses import public_address
+from sharding.secrets import public_address
 from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, UnreadableFile, reading
 from sharding.storage import Storage, StoredFile
 from sharding.tarnames import TEXT_EXTENSIONS, clips_of, count_aside, last_part, of_kind, split_name
@@ -248,9 +248,10 @@ def _index_tar(dataset: Storage, file: StoredFile, modality: Modality, caption_f
     skipped = Skipped()
     try:
         with reading(file.path):
-            if "" in name.split("/"):
+            if any(part in ("", ".", "..") for part in name.split("/")):
                 raise UnreadableFile(
-                    "bad-address", f"{escape_name(url)}: its key has an empty part between slashes"
+                    "bad-address",
+                    f"{escape_name(url)}: its key has an empty, '.' or '..' part between slashes",
                 )
             with dataset.open(file.path) as stream:
                 walk = TarWalk(stream, url)

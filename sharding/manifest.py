@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -49,6 +50,10 @@ def _below_the_dataset(path: str) -> str:
     name = unescape_name(path)
     if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError("must be a path below the dataset's folder")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError("must be the name of a file: it holds half of a surrogate pair") from None
     return path
 
 

@@ -104,16 +104,7 @@ class StorageConfig(BaseModel):
     @field_validator("endpoint_url")
     @classmethod
     def _check_endpoint(cls, endpoint: str | None) -> str | None:
-        if endpoint is None:
-            return None
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be http://host[:port] or https://host[:port]")
-        if parts.username or parts.password:
-            raise ValueError(
-                "must not hold credentials: use access_key and secret_key, or the AWS_* variables"
-            )
-        return endpoint.rstrip("/")
+        return None if endpoint is None else checked_endpoint(endpoint)
 
     @model_validator(mode="after")
     def _check_credentials(self) -> StorageConfig:
@@ -122,6 +113,24 @@ class StorageConfig(BaseModel):
         if self.anonymous and self.access_key is not None:
             raise ValueError("anonymous and access_key exclude each other")
         return self
+
+
+def checked_endpoint(endpoint: str) -> str:
+    """The url of an S3 server, without a slash at its end.
+
+    Raises:
+        ValueError: it is none, or holds credentials, which messages and records would show. It is not quoted.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        has_host = bool(parts.hostname)
+    except ValueError:
+        has_host = False
+    if "@" in endpoint:
+        raise ValueError("must not hold credentials: use access_key and secret_key, or the AWS_* variables")
+    if not has_host or parts.scheme not in ("http", "https"):
+        raise ValueError("must be http://host[:port] or https://host[:port]")
+    return endpoint.rstrip("/")
 
 
 class Backend(Protocol):

@@ -74,6 +74,7 @@ _TRANSIENT_CODES = {
     "MalformedXML",  # ours is well-formed: it was damaged on its way
     "RequestTimeTooSkewed",  # this machine's clock was set, and is being set right; else the last try says so
 }  # fmt: skip
+_SERVER_CODES = {"InternalError", "ServiceUnavailable"}  # known by their status, but of one file of many
 _TRANSIENT_ERRORS: tuple[type[BaseException], ...] = (
     aws.HTTPClientError, aws.ConnectionError, aws.ResponseStreamingError, aws.IncompleteReadError,
     aws.FlexibleChecksumError, aiohttp.ClientError, ConnectionError, TimeoutError,
@@ -132,8 +133,22 @@ def _client(config: StorageConfig) -> S3FileSystem:
 
 
 def _endpoint(config: StorageConfig) -> str | None:
-    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    return config.endpoint_url or next(filter(None, named), None)
+    """Of the server; None: Amazon's.
+
+    Raises:
+        UserError: a variable names none that may be used.
+    """
+    from sharding.storage import checked_endpoint
+
+    if config.endpoint_url:
+        return config.endpoint_url
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if value := os.environ.get(name):
+            try:
+                return checked_endpoint(value)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+    return None
 
 
 class _Failure(NamedTuple):
@@ -394,7 +409,10 @@ class S3Backend:
         objects = [{"Key": self._key(name)} for name in names]
         reply = self._call("delete_objects", names[0], Delete={"Objects": objects, "Quiet": True})
         for error in reply.get("Errors", []):
-            raise OSError(f"s3://{self._bucket}/{error.get('Key')} cannot be deleted: {error.get('Code')}")
+            code = str(error.get("Code"))
+            url = escape_name(f"s3://{self._bucket}/{error.get('Key')}")
+            said = f"{url} cannot be deleted: {escape_name(code)}"
+            raise StorageFault(said) if code in _TRANSIENT_CODES | _SERVER_CODES else UserError(said)
 
     def _key(self, path: str) -> str:
         return "/".join(part for part in (self._prefix, path) if part)
@@ -500,8 +518,10 @@ class S3Backend:
             return UserError(f"{url}: not a valid name for a bucket or file ({reason[:100]}...)")
         if isinstance(error, ValueError) and "endpoint" in reason:
             return UserError(f"{url}: AWS_ENDPOINT_URL is not valid ({reason})")
+        if failure.status is not None and (400 <= failure.status < 500 or failure.status == 501):
+            return UserError(f"{url}: refused by {place}: {code}: {reason}")
         if code is not None or isinstance(error, (aws.BotoCoreError, OSError)):
-            return OSError(f"{url}: {code or type(error).__name__}: {reason}")
+            return StorageFault(f"{url}: {code or type(error).__name__}: {reason}")
         return error  # not of the storage: a bug, as it is
 
     def _hide(self, text: str) -> str:

@@ -20,25 +20,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import TypedDict
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 from sharding.errors import BadData
 from sharding.names import escape_name, unescape_name
-
-# Of names of query parameters: their beginnings, and what may stand anywhere in them.
-_SECRET_BEGINNINGS = ("x-amz-", "x-goog-", "sig", "awsaccesskeyid", "key-pair-id", "policy", "auth")
-_SECRET_PARTS = (
-    "token",
-    "secret",
-    "password",
-    "passwd",
-    "signature",
-    "credential",
-    "apikey",
-    "api_key",
-    "api-key",
-)
-
+from sharding.secrets import public_address
 
 _WEB = ("http", "https")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -196,24 +182,3 @@ def _shown(text: str) -> str:
     """What others wrote, in a message."""
     text = escape_name(public_address(text))
     return repr(text if len(text) <= 200 else f"{text[:200]}...")
-
-
-def public_address(address: str) -> str:
-    """The address as it may be recorded and shown: no user name, password or signature."""
-    if "://" not in address:
-        return address
-    try:
-        parts = urlsplit(address)
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
-    except ValueError:
-        return f"{address.partition('://')[0]}://(no url)"  # which part of it is a secret nobody can tell
-    host = parts.netloc.rpartition("@")[2]
-    query = parts.query
-    if any(_is_secret(key) for key, _ in pairs):
-        query = urlencode([(key, value) for key, value in pairs if not _is_secret(key)])
-    return urlunsplit((parts.scheme, host, parts.path, query, ""))
-
-
-def _is_secret(parameter: str) -> bool:
-    name = parameter.lower()
-    return name.startswith(_SECRET_BEGINNINGS) or any(part in name for part in _SECRET_PARTS)

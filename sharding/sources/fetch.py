@@ -22,6 +22,7 @@ from sharding.sources.config import (
     HuggingFaceSource,
     ScenesSource,
     SourceConfig,
+    TableSource,
     WebDatasetSource,
 )
 from sharding.sources.huggingface import MediaRows
@@ -73,6 +74,7 @@ class Fetcher:
         self._rows = MediaRows(source) if isinstance(source, HuggingFaceSource) else None
         # A dataset of the hub has no folder, and its inputs name rows or urls only.
         self._base = storage if self._rows is not None else storage.resolve(base)
+        self._may_read_here = _points_here(source, self._base)
         self._caption_field = source.caption_field if isinstance(source, WebDatasetSource) else None
         self._roots: dict[str, Storage] = {}
         self._web = Downloader(config, max_bytes)
@@ -214,11 +216,21 @@ class Fetcher:
         return [found[member["offset"]] for member in members]
 
     def _located(self, address: BelowBase | LocalFile | S3Object) -> tuple[Storage, ExactPath]:
-        """The storage and the path in it, by the type of the address alone."""
+        """The storage and the path in it, by the type of the address alone.
+
+        Raises:
+            BadData: ``bad-address``: a file of this machine, to which the job file does not point. A listing makes no
+                such address; one that was stored may have been written by others.
+        """
         match address:
             case BelowBase(path):
                 return self._base, ExactPath(path)
             case LocalFile(path):
+                if not self._may_read_here:
+                    detail = (
+                        f"{shown(address)} is a file of this machine, which the job file does not point to"
+                    )
+                    raise BadData("bad-address", detail)
                 return self._root("file:///"), ExactPath(path.lstrip("/"))
             case S3Object(bucket, key):
                 return self._root(f"s3://{bucket}"), ExactPath(key)
@@ -228,6 +240,18 @@ class Fetcher:
         if url not in self._roots:
             self._roots[url] = self._base.resolve(url)
         return self._roots[url]
+
+
+def _points_here(source: SourceConfig, base: Storage) -> bool:
+    """Whether a listing of the source may name files of this machine that are not below its base."""
+    match source:
+        case TableSource():
+            return base.local_path("") is not None
+        case WebDatasetSource():
+            schemes = (path.partition("://") for path in source.paths)
+            return any(not separator or scheme.lower() == "file" for scheme, separator, _ in schemes)
+        case _:
+            return False
 
 
 def _scene_media(source: SourceConfig, storage: Storage) -> SceneMedia | None:

@@ -22,7 +22,7 @@ def yaml(tmp_path: Path) -> Path:
 def test_the_folder_holds_the_packages_and_the_yaml_without_caches(yaml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "staged"
     folder.mkdir()
-    jobs.stage(yaml, folder)
+    jobs.stage(yaml.read_bytes(), folder)
     beside = (jobs.STAGED_YAML, "glscl_pipeline.py", SUBMISSION)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*PACKAGES, *beside])
     assert (folder / "job.yaml").read_text() == yaml.read_text()
@@ -35,7 +35,7 @@ def test_the_folder_holds_the_packages_and_the_yaml_without_caches(yaml: Path, t
 def test_the_demo_s_corpus_stays_behind_and_little_is_sent(yaml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "staged"
     folder.mkdir()
-    jobs.stage(yaml, folder)
+    jobs.stage(yaml.read_bytes(), folder)
     assert (Path(jobs.__file__).parents[1] / "pipeline/demo/corpus").is_dir()
     assert not (folder / "pipeline/demo/corpus").exists()
     assert (folder / "pipeline/demo/demo.yaml").exists()
@@ -54,7 +54,7 @@ def test_data_among_the_packages_are_refused_beyond_the_limit(
     monkeypatch.setattr(jobs, "_LARGEST_PACKAGE", 400_000)
     (tmp_path / "a").mkdir()
     with pytest.raises(ClusterError, match=r"the code to send has .* MiB, at most"):
-        jobs.stage(yaml, tmp_path / "a", packages=["sent_along"])
+        jobs.stage(yaml.read_bytes(), tmp_path / "a", packages=["sent_along"])
 
 
 def test_arguments_variables_and_the_users_modules_are_sent_in_files(yaml: Path, tmp_path: Path) -> None:
@@ -64,7 +64,14 @@ def test_arguments_variables_and_the_users_modules_are_sent_in_files(yaml: Path,
     folder = tmp_path / "staged"
     folder.mkdir()
     modules = [tmp_path / "my_filters.py", tmp_path / "helpers"]
-    jobs.stage(yaml, folder, ["run", "job.yaml", "--set", "a=b"], {"NAME": "value"}, modules, ["cluster"])
+    jobs.stage(
+        yaml.read_bytes(),
+        folder,
+        ["run", "job.yaml", "--set", "a=b"],
+        {"NAME": "value"},
+        modules,
+        ["cluster"],
+    )
     assert (folder / "my_filters.py").read_text() == "from helpers import SHOUT\n"
     assert (folder / "helpers" / "__init__.py").exists()
     sent = json.loads((folder / SUBMISSION).read_text())
@@ -102,4 +109,4 @@ def test_a_python_that_cannot_run_the_job_is_named_in_a_line(
 def test_a_package_that_is_not_there_is_named(yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     with pytest.raises(ClusterError, match="package no_such_package is not installed"):
-        jobs.stage(yaml, tmp_path / "c", packages=["no_such_package"])
+        jobs.stage(yaml.read_bytes(), tmp_path / "c", packages=["no_such_package"])

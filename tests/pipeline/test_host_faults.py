@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,6 +346,23 @@ def test_of_two_copies_of_a_storage_one_is_trained_at_a_time_on_a_machine(tmp_pa
     for _ in range(2):  # killed, or ended in good order: it binds nobody
         with scratch.only_copy(key, second):
             pass
+
+
+def test_a_link_where_the_lock_is_to_be_is_refused_and_what_it_leads_to_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = tmp_path / "mine"
+    mine.write_text("what I wrote")
+    lock = tmp_path / f"glscl-a-{os.getuid()}.lock"
+    lock.symlink_to(mine)
+    with (
+        pytest.raises(UserError, match=r"glscl-a-.*\.lock \(below TMPDIR\) is a link: remove it") as caught,
+        scratch.only_copy("a", open_storage(tmp_path / "runs/a")),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert mine.read_text() == "what I wrote"
 
 
 # Clocks

@@ -64,7 +64,7 @@ def pretend_elsewhere(run: Storage, number: int, **beat: Any) -> None:
         "host": "elsewhere",
         "machine": "another",
         "pid": 1,
-        "started": 0.0,
+        "started_s": 0.0,
         "since": "2026-01-01T00:00:00",
     }
     run.write_json(f"driver/{number:08d}.json", record)
@@ -121,9 +121,22 @@ def test_a_driver_that_others_overtake_while_it_looks_is_refused(
 def test_a_process_of_the_same_number_is_not_taken_for_the_driver(run: Storage) -> None:
     pretend_elsewhere(run, 1)
     record = run.read_json("driver/00000001.json")
-    own = {"machine": pipeline.lease._machine(), "pid": os.getpid(), "started": time.time() - 86400}
+    own = {"machine": pipeline.lease._machine(), "pid": os.getpid(), "started_s": time.time() - 86400}
     run.write_json("driver/00000001.json", record | own)
     with hold(run, silence_s=3600) as lease:
+        assert lease.fence.number == 2
+
+
+def test_a_lease_of_an_older_version_on_this_machine_holds_while_its_heart_beats(run: Storage) -> None:
+    """Its ``started`` are seconds since the epoch, not since the machine's start."""
+    pretend_elsewhere(run, 1)
+    record = run.read_json("driver/00000001.json")
+    del record["started_s"]
+    record |= {"machine": pipeline.lease._machine(), "pid": os.getpid(), "started": time.time()}
+    run.write_json("driver/00000001.json", record)
+    with beating(run), pytest.raises(UserError, match="is being run by process"), hold(run, silence_s=60):
+        pass
+    with hold(run, silence_s=0.5) as lease:
         assert lease.fence.number == 2
 
 
@@ -133,8 +146,9 @@ def test_another_machines_driver_is_dead_once_it_is_silent(run: Storage) -> None
         assert lease.fence.number == 5
 
 
-def test_another_machines_driver_lives_while_its_heart_beats(run: Storage) -> None:
-    pretend_elsewhere(run, 1)
+@contextmanager
+def beating(run: Storage) -> Iterator[None]:
+    """The heart of the first lease beats."""
     over = threading.Event()
 
     def beat() -> None:
@@ -146,14 +160,20 @@ def test_another_machines_driver_lives_while_its_heart_beats(run: Storage) -> No
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with (
-            pytest.raises(UserError, match="is being run by process 1 on elsewhere"),
-            hold(run, silence_s=60),
-        ):
-            pass
+        yield
     finally:
         over.set()
         heart.join()
+
+
+def test_another_machines_driver_lives_while_its_heart_beats(run: Storage) -> None:
+    pretend_elsewhere(run, 1)
+    with (
+        beating(run),
+        pytest.raises(UserError, match="is being run by process 1 on elsewhere"),
+        hold(run, silence_s=60),
+    ):
+        pass
 
 
 def test_of_many_at_once_exactly_one_gets_a_dead_drivers_run(run: Storage) -> None:

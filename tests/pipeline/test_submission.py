@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -10,7 +13,10 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
+from cluster import jobs
+from pipeline import cli
 from pipeline.config import JobConfig, load_job
 from pipeline.submission import load_for_cluster, modules_of_filters, variables
 from sharding.errors import UserError
@@ -245,3 +251,35 @@ def test_modules_of_custom_filters_are_sent_with_what_they_import(
     tree["datasets"]["emoji"]["filters"] = [{"kind": "custom", "filter": "sent_filters.Short"}]
     found = modules_of_filters(load_job(write_job(tmp_path / "with.yaml", tree)))
     assert [path.name for path in found] == ["sent_filters.py", "sent_helpers"]
+
+
+def test_a_job_that_comes_through_a_pipe_is_read_once_and_sent_as_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_job(tmp_path / "job.yaml", tree_of(tmp_path))
+    reader, writer = os.pipe()
+    os.write(writer, file.read_bytes())
+    os.close(writer)
+    sent: list[bytes | None] = []
+
+    def submitted(job_yaml: Path, address: str, **options: Any) -> str:
+        sent.append(options["content"])
+        return "an-id"
+
+    monkeypatch.setattr(jobs, "submit", submitted)
+    address = ["--address", "http://me:hunter2@head:8265"]
+    shown = CliRunner().invoke(cli.app, ["submit", f"/dev/fd/{reader}", *address])
+    os.close(reader)
+    assert shown.exit_code == 0, shown.output
+    assert sent == [file.read_bytes()]
+    assert "glscl status an-id --address http://***@head:8265" in shown.output
+    assert "hunter2" not in shown.output
+
+
+def test_help_shows_no_password_of_the_job_servers_address() -> None:
+    environment = os.environ | {"RAY_API_SERVER_ADDRESS": "http://me:hunter2@head:8265"}
+    code = "from pipeline.cli import app; app(['status', '--help'])"
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "RAY_API_SERVER_ADDRESS" in shown
+    assert "hunter2" not in shown

@@ -12,7 +12,7 @@ import pytest
 
 import sharding
 from sharding.errors import BadData
-from sharding.sources import open_fetcher, open_source
+from sharding.sources import Input, open_fetcher, open_source
 from sharding.sources.addresses import (
     BelowBase,
     LocalFile,
@@ -189,6 +189,27 @@ def test_a_table_on_this_machine_may_name_files_of_it_by_whole_paths_only(tmp_pa
     for name in ("../x", f"{secret.parent}/../x", "/", "file://host/x", "gs://b/x", "a/..", "", "/a\0b"):
         with pytest.raises(BadData, match="bad-address"):
             table_address(name, "sub/", on_this_machine=True)
+
+
+def test_a_stored_plan_names_files_of_this_machine_where_the_job_file_points_to_it_only(
+    tmp_path, secret, exact_s3
+):
+    storage = Storage(exact_s3.storage("s3://corpus/out"))
+    table = {"kind": "table", "path_column": "file", "caption_column": "text"}
+    item = Input("x", ["a caption"], media=LocalFile(str(secret)))
+    for options in (
+        {"kind": "folder", "path": str(tmp_path)},
+        {"kind": "folder", "path": "s3://corpus/media"},
+        table | {"path": "s3://corpus/t.jsonl"},
+        {"kind": "webdataset", "path": ["s3://corpus/a.tar", "s3://corpus/b.tar"]},
+    ):
+        config = configured(**options)
+        (got,) = open_fetcher(config, storage, open_source(config, storage).base).fetch_all([item])
+        assert got.fault is not None, options
+        assert (got.fault.cause, got.media) == ("bad-address", b""), options
+    config = configured(**table, path=str(tmp_path / "t.jsonl"))
+    (got,) = open_fetcher(config, storage, open_source(config, storage).base).fetch_all([item])
+    assert got.media == secret.read_bytes()
 
 
 def test_rows_of_hugging_face_name_files_of_their_dataset_alone(tmp_path, secret, monkeypatch):

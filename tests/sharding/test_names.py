@@ -129,6 +129,14 @@ def test_no_escape_stands_for_a_part_of_a_path():
             ShardRecord(name=name, **record)
 
 
+def test_a_manifest_names_no_file_that_no_system_can_have():
+    record = {"samples": 1, "bytes": 1, "sha256": "", "index_bytes": 1, "index_sha256": ""}
+    assert ShardRecord(name=r"caf\xe9", **record)  # a byte that is not UTF-8 is a name's
+    for name in (r"a\ud800", r"\udfff/b"):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            ShardRecord(name=name, **record)
+
+
 def test_skipped_files_are_counted_by_suffix_in_a_bounded_number_of_kinds():
     skipped = Skipped()
     for path in ("a.PDF", "b.pdf", "c.tar.gz", "README", "d.a suffix with blanks"):

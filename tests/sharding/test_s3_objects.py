@@ -1,17 +1,20 @@
 """Promises of object storage with keys and objects as real buckets have them: each costs itself at most."""
 
 import io
+import re
 import tarfile
 
+import botocore.exceptions as aws
 import pytest
 from PIL import Image
 
-from sharding.errors import UnreadableObject, UserError
-from sharding.foreign import index_shards
+from sharding.errors import StorageFault, UnreadableObject, UserError
+from sharding.foreign import _index_tar, index_shards
 from sharding.plan import survey
 from sharding.sources import open_fetcher, open_source
 from sharding.sources.addresses import BelowBase
-from sharding.storage import ExactPath, Storage, normalise_url
+from sharding.storage import ExactPath, Storage, StoredFile, normalise_url, open_storage
+from sharding.storage_s3 import _understand
 from tests.fixtures.faulty_s3 import Fault
 from tests.sharding.listings import configured, listed
 
@@ -227,3 +230,74 @@ def test_shards_of_another_program_on_s3_lose_a_tar_that_is_refused_and_find_it_
     storage.delete("manifest.json")
     faulty_s3.reset()
     assert index_shards(storage, "image").counts.kept == 3
+
+
+def test_a_tar_whose_key_is_no_path_costs_itself(exact_s3):
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        for name, data in (("0.jpg", jpg(0)), ("0.txt", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    exact_s3.objects = {f"p/{key}": tar.getvalue() for key in ("a.tar", "./x.tar", "b/../y.tar", "c//z.tar")}
+    record = _index_tar(
+        Storage(exact_s3.storage("s3://corpus/p")), StoredFile("./x.tar", 1), "image", "captions"
+    )
+    assert record.counts.dropped == {"bad-address": 1}
+    assert "its key has an empty, '.' or '..' part" in record.examples[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (405, "MethodNotAllowed", UserError),
+        (501, "NotImplemented", UserError),
+        (400, "SomethingNew", UserError),
+        (304, "NotModified", StorageFault),
+    ],
+)
+def test_a_code_that_is_not_known_is_told_as_one_line_of_the_store(exact_s3, status, code, kind):
+    backend = Storage(exact_s3.storage("s3://corpus/p"))._backend
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = backend._translate(_understand(aws.ClientError(answer, "PutObject")), "x", "no such thing here")
+    assert type(error) is kind
+    assert re.fullmatch(rf"s3://corpus/p/x: .*{code}: no such thing here", str(error))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("AccessDenied", UserError), ("MethodNotAllowed", UserError), ("InternalError", StorageFault)],
+)
+def test_a_file_of_many_that_cannot_be_deleted_is_named(exact_s3, monkeypatch, code, kind):
+    storage = Storage(exact_s3.storage("s3://corpus/p"))
+    reply = {"Errors": [{"Key": "p/a", "Code": code}]}
+    monkeypatch.setattr(storage._backend, "_call", lambda *_, **__: reply)
+    with pytest.raises(kind, match=f"s3://corpus/p/a cannot be deleted: {code}"):
+        storage._backend._delete_many(["a"])
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("http://me:hunter2@127.0.0.1:9", "must not hold credentials"),
+        ("http://me:hun/ter2@127.0.0.1:9", "must not hold credentials"),
+        ("hunter2:9000", "must be http"),
+        ("http://[hunter2", "must be http"),
+    ],
+)
+def test_an_endpoint_of_the_environment_that_holds_credentials_is_refused_unquoted(
+    monkeypatch, name, value, why
+):
+    for each in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    storage = open_storage("s3://corpus/p")
+    for use in (
+        lambda: storage.check(write=False),
+        lambda: storage.read_bytes("x"),
+        lambda: storage.delete("x"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {why}") as caught:
+            use()
+        assert not re.search("hun/?ter2|me:", str(caught.value))

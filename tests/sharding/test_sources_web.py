@@ -3,15 +3,18 @@
 import contextlib
 import email.utils
 import http.client
+import re
 import threading
 import time
 
 import pytest
 
 from sharding.errors import BadData
+from sharding.foreign import _facts
+from sharding.secrets import public_address
 from sharding.sources import connections
 from sharding.sources import web as web_module
-from sharding.sources.addresses import public_address
+from sharding.sources.addresses import remote_url
 from sharding.sources.config import FetchConfig
 from sharding.sources.connections import Origin, is_public
 from sharding.sources.robots import RobotsCache, opted_out
@@ -416,5 +419,18 @@ def test_recorded_addresses_hold_no_secrets():
     assert public_address("https://me:pw@host/a.png?id=3") == "https://host/a.png?id=3"
     assert public_address("https://h/a?X-Amz-Signature=s&id=3&token=t") == "https://h/a?id=3"
     assert public_address("https://h/a?access_token=t&authkey=k&api_key=a&id=3") == "https://h/a?id=3"
-    assert public_address("http://me:pw@[broken/x") == "http://(no url)"
+    assert public_address("http://me:pw@[broken/x") == "http://[broken/x"
+    assert public_address("http://user:p/w@host/x") == "http://host/x"
+    assert public_address("http://h/a b.png?id=3&pwd=p&key=k&jwt=j&pass=p#f") == "http://h/a b.png?id=3"
+    assert public_address("s3://AKIA:wJalr/XUtn@bucket/k") == "s3://bucket/k"
+    for ordinary in (
+        "http://host/a@b.jpg",
+        "https://h:8080/1/47@N00_b.jpg?v=2@x",
+        "s3://b/a@b#c.jpg?token=1",
+    ):
+        assert public_address(ordinary) == ordinary
+    with pytest.raises(BadData) as caught:
+        remote_url("s3://AKIA:wJalr/XUtn@bucket/k")
+    assert not re.search("AKIA|wJalr|XUtn", str(caught.value))
+    assert "wJalr" not in str(_facts(b'{"url": "http://AKIA:wJalr/XUtn@host/k?jwt=wJalr"}'))
     assert public_address("folder/a?b@c.png") == "folder/a?b@c.png"
