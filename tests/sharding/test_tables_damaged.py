@@ -453,3 +453,14 @@ def test_a_quotation_of_few_lines_is_read_however_much_was_read_again(monkeypatc
         {"a": "1.jpg", "b": "two\nlines"},
     ]
     assert "not closed before 100 lines" in next(row.reason for row in found if row.number == 65)
+
+
+@pytest.mark.parametrize("samples_per_shard", [3, 100])
+def test_what_a_copy_counts_as_does_not_depend_on_how_the_table_is_cut(samples_per_shard):
+    body = b"0.png,a\n0.png,b\n0.png,b\n0.png,b\n0.png,a\n1.png,a\n0.png,c\n1.png,b\n"
+    files = {f"{n}.png": picture(n, image_format="PNG") for n in range(2)} | {"t.csv": HEAD + body}
+    where = {"kind": "table", "path": "{folder}/t.csv", "path_column": "file", "caption_column": "caption"}
+    block = {"filters": [{"kind": "duplicates"}], "samples_per_shard": samples_per_shard}
+    found = prepare_files(files, where, **block)
+    assert found.counts.dropped == {"duplicate": 3, "duplicate-other-caption": 3}
+    assert [sample.captions for sample in found.samples] == [["a"], ["a"]]
