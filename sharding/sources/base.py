@@ -163,6 +163,11 @@ def folder_and_name(url: str) -> tuple[str, str]:
     return whole, ExactPath(folder[len(whole) :] + name)
 
 
+def described_captions(value: dict[str, Any]) -> tuple[list[str], int]:
+    """(captions, how many items are no text) of JSON: of ``captions`` if it holds any, else of ``caption``."""
+    return texts_of(value.get("captions") or value.get("caption"))
+
+
 def texts_of(value: Any) -> tuple[list[str], int]:
     """(texts, how many items are no text) of a caption cell: a text, a list of texts, or nothing."""
     items = value if isinstance(value, list | tuple) else [] if value is None else [value]

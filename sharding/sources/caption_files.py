@@ -169,8 +169,8 @@ def read_json(folder: Storage, name: str) -> dict[str, Any]:
         raise UserError(f"no such file: {url}") from None
     if size > LARGEST_JSON:
         raise UserError(f"{url} has {size} bytes; above {LARGEST_JSON} make it a table of JSON lines")
+    data = folder.read_bytes(name)  # its errors are UserErrors, and so ValueErrors, of their own
     try:
-        data = folder.read_bytes(name)
         # Bytes that are not UTF-8 become half surrogates, and cost the texts that hold them (``texts_of``).
         encoding = json.detect_encoding(data)
         content = json.loads(

@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 __all__ = ["MAX_SIDECAR_BYTES", "Fetched", "Fetcher"]
 
 MAX_SIDECAR_BYTES = 1 << 20
+# Of all text members of a key, each with the header that it has in the tar.
+_MAX_TEXTS_BYTES = 4 * MAX_SIDECAR_BYTES
+_HEADER = 512
 _BLOCK = 1 << 20
 # Members of a sample this close to each other are read at once: a request costs more than these bytes.
 _GAP = 64 << 10
+_GAPS = 1 << 20  # in one request, in all
 # Results waiting for a slow one before them, in numbers of threads; their bytes are bounded by the budget.
 _AHEAD = 4
 
@@ -135,7 +139,7 @@ class Fetcher:
             return Fetched(item, media=media)
         assert item.media is not None, "a listing gives media, or says why there are none"
         if item.offset is not None:
-            return self._members(item, item.media)
+            return self._members(item, item.media, lease)
         sidecar = None if item.sidecar is None else self._sidecar(item.sidecar)
         if isinstance(item.media, WebUrl):
             return Fetched(item, media=self._web.download(item.media.url, lease), sidecar=sidecar)
@@ -176,14 +180,17 @@ class Fetcher:
             size = storage.size(path)
             if size > self._max_bytes:
                 raise BadData("too-many-bytes", f"{size}, more than {self._max_bytes}")
-            lease.reserve(size)
-            data += storage.read_bytes(path, _BLOCK, size - _BLOCK)
+            lease.reserve(max(size, _BLOCK))
+            if size > _BLOCK:
+                data += storage.read_bytes(path, _BLOCK, size - _BLOCK)
+            if len(data) != size:
+                raise BadData("size-mismatch", f"{escape_name(path)} changed its size while it was read")
         if len(data) > self._max_bytes:
             raise BadData("too-many-bytes", f"more than {self._max_bytes}")
         lease.reserve(len(data))
         return data
 
-    def _members(self, item: Input, tar: Address) -> Fetched:
+    def _members(self, item: Input, tar: Address, lease: Lease) -> Fetched:
         assert not isinstance(tar, WebUrl), "tars are read from storages"
         assert item.offset is not None
         assert item.size is not None
@@ -191,6 +198,14 @@ class Fetcher:
         for text in item.texts:
             if text["size"] > MAX_SIDECAR_BYTES:
                 raise BadData("too-many-bytes", f"{text['name']}: more than {MAX_SIDECAR_BYTES}")
+        size = sum(_HEADER + text["size"] for text in item.texts)
+        if size > _MAX_TEXTS_BYTES:
+            raise BadData(
+                "too-many-bytes",
+                f"{item.address}: {len(item.texts)} members of text have {size} bytes with their headers, more than "
+                f"{_MAX_TEXTS_BYTES}",
+            )
+        lease.reserve(item.size + size)
         if not item.texts:
             raise BadData("caption-missing", f"{item.address} has no text or JSON member")
         media = Member(name=item.address, offset=item.offset, size=item.size)
@@ -207,10 +222,13 @@ class Fetcher:
         """The data of members of one tar, with one request for those that lie together."""
         found: dict[int, bytes] = {}
         group: list[Member] = []
+        gaps = 0
         for member in sorted(members, key=lambda member: member["offset"]):
-            if group and member["offset"] > group[-1]["offset"] + group[-1]["size"] + _GAP:
+            gap = member["offset"] - group[-1]["offset"] - group[-1]["size"] if group else 0
+            gaps += gap
+            if gap > _GAP or gaps > _GAPS:
                 found |= _read_group(storage, path, group)
-                group = []
+                group, gaps = [], 0
             group.append(member)
         found |= _read_group(storage, path, group)
         return [found[member["offset"]] for member in members]

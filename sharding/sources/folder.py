@@ -14,7 +14,7 @@ from sharding.errors import BadData, UserError
 from sharding.manifest import Modality
 from sharding.names import UNUSED_CAPTION, Skipped, escape_name, hidden
 from sharding.sources.addresses import BelowBase
-from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Hasher, Input, feed, texts_of
+from sharding.sources.base import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Hasher, Input, described_captions, feed
 from sharding.sources.config import FolderSource
 from sharding.storage import ExactPath, Storage
 
@@ -163,4 +163,4 @@ def parse_sidecar(data: bytes, name: str) -> tuple[list[str], int]:
         raise BadData("caption-not-text", f"not JSON: {error}") from None
     if not isinstance(value, dict) or not {"caption", "captions"} & value.keys():
         raise BadData("caption-not-text", 'JSON without the key "caption" or "captions"')
-    return texts_of(value["captions"] if "captions" in value else value["caption"])
+    return described_captions(value)

@@ -14,11 +14,25 @@ from operator import itemgetter
 from typing import Any
 
 from sharding.errors import UserError
+from sharding.sources.rows import has_text_alone
 
 #: Rows of one group. More than any picture has captions: the column is another one than was meant.
 MOST_ROWS = 10_000
 _CACHE_KIB = 64 << 10
 _AT_ONCE = 1000
+
+
+def group_key(cell: Any, column: str, media_column: str | None) -> tuple[str | int | float | None, str]:
+    """(what the row is grouped by, why the row is bad): a cell that is no text or number, blank or NaN groups nothing.
+
+    Args:
+        column: the cell's.
+        media_column: where it is the same, a row without a key has no media either, which says more.
+    """
+    cell = cell.strip() if isinstance(cell, str) else cell
+    if isinstance(cell, str | int | float) and cell == cell and cell != "" and has_text_alone(cell):
+        return cell, ""
+    return None, "" if column == media_column else f"it has no {column!r} to group by"
 
 
 def grouped(rows: Iterable[tuple[Any, Any]], column: str) -> Iterator[list[Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from sharding.names import Skipped, escape_name
 from sharding.sources.addresses import remote_url
 from sharding.sources.base import Hasher, Input, feed, reading, texts_of
 from sharding.sources.config import HuggingFaceSource
-from sharding.sources.grouping import grouped
-from sharding.sources.rows import cells_of, has_text_alone
+from sharding.sources.grouping import group_key, grouped
+from sharding.sources.rows import cells_of
 from sharding.storage import open_storage
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ class HuggingFaceListing:
                 yield item
 
     def _rows(self) -> Iterator[tuple[Any, list[Any]]]:
-        """(what it is grouped by, [number, name, size, captions, captions that are no text]) of each row."""
+        """(what it is grouped by, [number, name, size, captions, captions that are no text, what its media are, why it
+        is bad]) of each row. What media are matters where rows are brought together, and is None elsewhere.
+        """
         config = self._config
         media = config.media_column or config.url_column
         texts = list(dict.fromkeys(config.caption_columns))
@@ -69,36 +72,40 @@ class HuggingFaceListing:
             cells = zip(*(cells_of(batch[column]) for column in texts), strict=True)
             found = _urls(batch[media]) if config.url_column else _names_and_sizes(config, batch[media])
             keys = cells_of(batch[config.group_by]) if config.group_by else itertools.repeat(None, len(batch))
-            for (name, size), row, key in zip(found, cells, keys, strict=True):
+            contents = (
+                _contents(batch[media])
+                if config.group_by and config.media_column
+                else itertools.repeat(None, len(batch))
+            )
+            for (name, size), row, cell_of_key, content in zip(found, cells, keys, contents, strict=True):
                 captions: list[str] = []
                 not_text = 0
                 for cell in row:
                     texts_of_cell, others = texts_of(cell)
                     captions += texts_of_cell
                     not_text += others
-                key = (
-                    key if isinstance(key, str | int | float) and has_text_alone(key) and key != "" else None
+                key, reason = (
+                    group_key(cell_of_key, config.group_by, media) if config.group_by else (None, "")
                 )
-                yield key, [number, name, size, captions, not_text]
+                yield key, [number, name, size, captions, not_text, content, reason]
                 number += 1
 
     def _merged(self, group: list[list[Any]]) -> Iterator[tuple[str | None, int | None, Input]]:
         """(name, size, input) of the rows of one sample, and of those among them that have no such media."""
         first: Input | None = None
         heads: tuple[Any, Any] = None, None
+        place, same_as = 0, None
         others = []
-        for number, name, size, captions, not_text in group:
+        for number, name, size, captions, not_text, content, reason in group:
             item = self._input(number, name, size, captions, not_text)
+            if first is not None and (content != same_as or item.media != first.media):
+                reason = f"it has other media than row {place}, though {self._config.group_by!r} is the same"
+            if item.problem is None and reason:
+                item = Input(address=f"{self._config.split}/{number}", problem="bad-row", reason=reason)
             if item.problem is not None:
                 others.append((name, size, item))
             elif first is None:
-                first, heads = item, (name, size)
-            elif size != first.size or (self._config.url_column and item.address != first.address):
-                reason = (
-                    f"it has other media than row {group[0][0]}, though {self._config.group_by!r} is the same"
-                )
-                bad = Input(address=f"{self._config.split}/{number}", problem="bad-row", reason=reason)
-                others.append((name, size, bad))
+                first, heads, place, same_as = item, (name, size), number, content
             else:
                 captions = first.captions + captions
                 first = replace(first, captions=captions, not_text=first.not_text + not_text)
@@ -286,6 +293,24 @@ def _names_and_sizes(config: HuggingFaceSource, column: Any) -> Iterator[tuple[s
             with contextlib.suppress(OSError):
                 size = file.stat().st_size if file is not None and file.is_file() else None
         yield None if path is None else Path(path).name, size
+
+
+def _contents(column: Any) -> Iterator[str | None]:
+    """What tells the media of the cells apart: a digest of the bytes; of a file its path."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_struct(column.type):
+        yield from map(_digest, column)
+        return
+    paths = cells_of(pc.struct_field(column, "path"))
+    for data, path in zip(pc.struct_field(column, "bytes"), paths, strict=True):
+        yield _digest(data) or (path if isinstance(path, str) else None)
+
+
+def _digest(data: Any) -> str | None:
+    buffer = data.as_buffer()
+    return None if buffer is None else hashlib.sha256(buffer).hexdigest()
 
 
 def _urls(column: Any) -> Iterator[tuple[str | None, None]]:

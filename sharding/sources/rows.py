@@ -12,6 +12,7 @@ many lines. Nothing tells a mark that nobody closes from such a cell at once; wh
     4.jpg,a cat             is a row by itself: the cell of line 4 was never closed
     5.jpg,"a cow, or two"   has a mark that ends no cell: the same
     ...                     the end of the table, 10,000 lines or LONGEST_LINE bytes: the same
+                            (100 lines or 64 KiB, once 200,000 lines or 128 MiB of the table were read again)
 
 Then line 4 alone cannot be read, and reading goes on with line 5.
 """
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 # A row of captions and an address is far smaller; a file without line ends must not fill the memory.
 LONGEST_LINE = 16 << 20
 _MOST_LINES = 10_000  # of one row: of those that a quotation may take all are in memory
+# What quotations that turn out unclosed take is read again: of a table so many lines and bytes, and from then on a
+# quotation takes few. Else a table of them would take time by the square of its lines.
+_MOST_AGAIN, _MOST_BYTES_AGAIN = 200_000, 128 << 20
+_FEW_LINES, _FEW_BYTES = 100, 64 << 10
 _BLOCK = 1 << 20
 _ROWS_AT_ONCE = 1024
 # What is raised of a value that Python cannot have: bytes that are not UTF-8, the year 20000, an unknown time zone.
@@ -200,6 +205,8 @@ class _Lines:
         self._ahead: deque[tuple[int, str | None]] = deque()  # given back
         self._taken: list[tuple[int, str | None]] = []
         self._size = 0
+        self._again = self._bytes_again = 0
+        self._most, self._most_bytes = _MOST_LINES, LONGEST_LINE  # of one row, where it has several lines
         self._end = ""  # why a cell over several lines was not let go on
         self.is_row: Callable[[str], bool] = lambda line: False
 
@@ -213,10 +220,10 @@ class _Lines:
             raise StopIteration
         number, line = item
         if self._taken:
-            if line is None or self._size + len(line) > LONGEST_LINE:
-                self._end = f"{LONGEST_LINE} bytes"
-            elif len(self._taken) == _MOST_LINES:
-                self._end = f"{_MOST_LINES} lines"
+            if line is None or self._size + len(line) > self._most_bytes:
+                self._end = f"{self._most_bytes} bytes"
+            elif len(self._taken) >= self._most:
+                self._end = f"{self._most} lines"
             elif self.is_row(line):
                 self._end = f"the row in line {number}"
             if self._end or line is None:
@@ -253,6 +260,10 @@ class _Lines:
     def _bad(self, reason: str) -> _Record:
         """Only the first line is lost; what a quotation took of those after it is read again."""
         self._ahead.extendleft(reversed(self._taken[1:]))
+        self._again += len(self._taken) - 1
+        self._bytes_again += sum(len(line) for _, line in self._taken[1:] if line is not None)
+        if self._again > _MOST_AGAIN or self._bytes_again > _MOST_BYTES_AGAIN:
+            self._most, self._most_bytes = _FEW_LINES, _FEW_BYTES
         return _Record(self._taken[0][0], None, reason)
 
 

@@ -25,7 +25,7 @@ from sharding.sources.base import (
     unreadable,
 )
 from sharding.sources.config import TableSource
-from sharding.sources.grouping import grouped
+from sharding.sources.grouping import group_key, grouped
 from sharding.sources.rows import Row, has_text_alone, json_rows, parquet_rows, table_rows
 from sharding.storage import Storage
 
@@ -113,12 +113,8 @@ class TableListing:
             key, address = row.cells.get(column), row.cells.get(self._config.media_column)
             captions, not_text = self._captions(row.cells)
             address = address if isinstance(address, str) else None
-            key = key.strip() if isinstance(key, str) else key
-            usable = isinstance(key, str | int | float) and key == key and key != "" and has_text_alone(key)
-            reason = (
-                "" if usable or column == self._config.media_column else f"it has no {column!r} to group by"
-            )
-            yield key if usable else None, [path, row.number, address, captions, not_text, reason]
+            key, reason = group_key(key, column, self._config.media_column)
+            yield key, [path, row.number, address, captions, not_text, reason]
 
     def _captions(self, cells: dict[str, Any]) -> tuple[list[str], int]:
         captions: list[str] = []

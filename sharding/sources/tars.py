@@ -35,6 +35,7 @@ from sharding.sources.base import (
     Input,
     Member,
     UnreadableFile,
+    described_captions,
     feed,
     folder_and_name,
     reading,
@@ -340,7 +341,8 @@ def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str
     """(captions, how many items are no text) of a text or JSON member; one that is neither is such an item.
 
     Args:
-        field: of JSON: what holds the captions (``a.b``: b inside a); None: ``captions``, else ``caption``.
+        field: of JSON: what holds the captions (``a.b``: b inside a); None: as
+            ``described_captions``.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -352,7 +354,7 @@ def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str
     if not isinstance(value, dict):
         return [], 1
     if field is None:
-        return texts_of(value.get("captions") or value.get("caption"))
+        return described_captions(value)
     for part in field.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return texts_of(value)
@@ -360,7 +362,13 @@ def member_captions(name: str, data: bytes, field: str | None) -> tuple[list[str
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts KEY.10.txt after KEY.9.txt."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    """Sorts as the number does, of any length: a name may have more digits than Python makes a number of."""
+    digits = "".join(str(int(digit)) for digit in digits).lstrip("0")  # of any script
+    return len(digits), digits
 
 
 def _place(root: Storage, path: str, is_base: bool) -> Address:

@@ -11,11 +11,12 @@ from typing import Any
 
 from sharding.captions import stored_captions
 from sharding.config import PrepareConfig
+from sharding.exchange import steps
 from sharding.index import load_index
 from sharding.manifest import Counts, ShardRecord
 from sharding.plan import Survey, make_plan, survey
 from sharding.sources import open_source
-from sharding.stages import Work, encode
+from sharding.stages import Work, commit, encode
 from sharding.storage import Storage, open_storage
 
 
@@ -70,8 +71,14 @@ def _prepared(config: PrepareConfig, dataset: Storage) -> Prepared:
     found = survey(opened, lambda _: None)
     work = Work(dataset, config, make_plan(opened, found, config, dataset))
     counts, samples = Counts(), list[StoredSample]()
-    for task in range(work.plan.tasks):
-        record = encode(work, task)
+    records = [encode(work, task) for task in range(work.plan.tasks)]
+    if work.exchanges:
+        exchange = work.exchange(sum(record.counts.kept for record in records))
+        for step, count in steps(exchange):
+            for number in range(count):
+                step(exchange, number)
+        records = [commit((work, exchange), task) for task in range(work.plan.tasks)]
+    for record in records:
         counts = counts.plus(record.counts)
         if record.shard is not None:
             samples += _stored(dataset, record.shard)

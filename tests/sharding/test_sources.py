@@ -14,6 +14,7 @@ from sharding.plan import make_plan, read_inputs, survey
 from sharding.sources import Input, open_source
 from sharding.sources.addresses import BelowBase, LocalFile, S3Object, WebUrl
 from sharding.sources.folder import parse_sidecar
+from sharding.sources.tars import member_captions
 from sharding.storage import open_storage
 from tests.sharding.listings import listed as _list
 from tests.sharding.listings import source as _source
@@ -313,3 +314,17 @@ def test_every_field_of_an_input_is_in_the_plan(tmp_path):
     dataset = open_storage(tmp_path)
     make_plan(One(), survey(One(), lambda _: None), config, dataset)
     assert list(read_inputs(dataset, 0)) == [item]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"captions": [], "caption": "x"}, (["x"], 0)),
+        ({"captions": None, "caption": "x"}, (["x"], 0)),
+        ({"captions": ["y", 5], "caption": "x"}, (["y"], 1)),
+        ({"captions": []}, ([], 0)),
+    ],
+)
+def test_json_says_the_same_beside_a_picture_and_in_a_tar(value, expected):
+    data = json.dumps(value).encode()
+    assert parse_sidecar(data, "a.json") == member_captions("a.json", data, None) == expected

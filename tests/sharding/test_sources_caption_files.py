@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sharding.errors import UserError
+from sharding.errors import UnreadableObject, UserError
 from sharding.sources import Input
 from sharding.sources import caption_files as module
 from sharding.sources.addresses import BelowBase
@@ -216,3 +216,14 @@ def test_a_file_that_is_no_json_is_named_with_the_line(tmp_path, text, message):
     (tmp_path / "c.json").write_bytes(text)
     with pytest.raises(UserError, match=rf"c\.json is .*{message}|c\.json {message}"):
         listed(source(tmp_path / "c.json", kind="coco", images=str(tmp_path)))
+
+
+def test_a_file_that_the_storage_does_not_give_is_not_called_broken(tmp_path, monkeypatch):
+    opened = _coco(tmp_path)
+
+    def refused(storage, *arguments):
+        raise UnreadableObject("it is archived", "archived")
+
+    monkeypatch.setattr(type(open_storage(tmp_path)), "read_bytes", refused)
+    with pytest.raises(UnreadableObject, match=r"^it is archived$"):
+        listed(opened)

@@ -216,3 +216,12 @@ def test_what_decides_which_samples_there_are_is_in_the_digest_and_the_rest_is_n
     assert digest() == digest(threads=3, timeout_s=1, attempts=5, contact="me@example.org", in_flight_mb=1)
     assert digest() == digest(opt_out=["NoIndex", "noai", "noimageai", "noimageindex", "noai"])
     assert len({digest(), digest(robots=True), digest(opt_out=[])}) == 3
+
+
+@pytest.mark.parametrize("size", [100, (2 << 20) + 1, (2 << 20) - 1])
+def test_a_file_that_changes_its_size_while_it_is_read_is_told(tmp_path, monkeypatch, size):
+    (tmp_path / "a.png").write_bytes(b"x" * ((2 << 20) - (size > 100)))
+    fetcher = _fetcher(tmp_path, max_bytes=3 << 20)
+    monkeypatch.setattr(type(open_storage(tmp_path)), "size", lambda storage, path: size)
+    fault = fetcher.fetch(Input.at(BelowBase("a.png"))).fault
+    assert (fault and fault.cause) == (None if size == (2 << 20) - 1 else "size-mismatch")

@@ -14,7 +14,7 @@ from sharding.errors import UserError
 from sharding.sources import huggingface as module
 from sharding.sources import open_source
 from sharding.storage import open_storage
-from tests.sharding.listings import configured, fetched, listed
+from tests.sharding.listings import configured, fetched, listed, source
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -250,3 +250,59 @@ def test_a_hub_dataset_is_its_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="has the name of the hub's dataset"):
         module.open_dataset(config.source)
+
+
+def test_other_media_of_the_same_size_are_not_lost_in_a_group(tmp_path):
+    rows = {"image": [b"one", b"two", b"one"], "id": [1, 1, 1], "text": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "raw"))
+    cells = [{"bytes": data, "path": "same.png"} for data in rows["image"]]
+    datasets.Dataset.from_dict(rows | {"image": cells}).cast_column("image", datasets.Image()).save_to_disk(
+        str(tmp_path / "images")
+    )
+    for name in ("raw", "images"):
+        found = [
+            (item.media, item.input.captions, item.input.problem)
+            for item in _read(tmp_path / name, group_by="id")
+        ]
+        assert found == [(b"one", ["a", "c"], None), (b"", [], "bad-row")]
+
+
+def test_files_of_equal_name_and_size_in_other_folders_are_other_media(tmp_path):
+    files = [tmp_path / "saved" / folder / "0.png" for folder in ("x", "y", "x")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(file.parent.name.encode())
+    rows = {
+        "image": [{"bytes": None, "path": str(file)} for file in files],
+        "id": [1] * 3,
+        "text": ["a", "b", "c"],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "id": datasets.Value("int64"), "text": datasets.Value("string")}
+    )
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    results = _read(tmp_path / "saved", group_by="id")
+    assert [(item.media, item.input.captions) for item in results] == [(b"x", ["a", "c"]), (b"", [])]
+
+
+@pytest.mark.parametrize(
+    ("keys", "groups", "bad"),
+    [
+        ([float("nan"), 1.0, float("nan"), None], [["c1"]], 3),
+        ([" k", "", "k ", " "], [["c0", "c2"]], 2),
+    ],
+)
+def test_keys_are_told_as_in_a_table(tmp_path, keys, groups, bad):
+    rows = {"image": [b"x"] * 4, "id": keys, "text": [f"c{n}" for n in range(4)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    results = _read(tmp_path / "saved", group_by="id")
+    assert [item.input.captions for item in results if not item.fault] == groups
+    faults = [item.fault for item in results if item.fault]
+    assert [(fault.cause, fault.detail) for fault in faults] == [
+        ("bad-row", "it has no 'id' to group by")
+    ] * bad
+    table = tmp_path / "table"
+    table.mkdir()
+    pq.write_table(pa.table({"file": ["x.jpg"] * 4, "id": keys, "text": rows["text"]}), table / "t.parquet")
+    same = source(table, kind="table", path_column="file", caption_column="text", group_by="id")
+    assert [item.captions for item in listed(same)[0] if not item.problem] == groups

@@ -310,3 +310,40 @@ def test_tars_on_s3_are_walked_and_read_by_range(s3_server, monkeypatch):
     assert [item.input.captions for item in results[:20]] == [[f"c{n}", "d"] for n in range(20)]
     assert results[-1].fault.cause == "truncated-tar"
     assert {item.fault.cause for item in results[20:-1]} == {"caption-missing"}
+
+
+def test_a_name_may_have_more_digits_than_a_number(tmp_path):
+    digits = ["1" + "0" * 5000, "0" * 5000 + "7", "9" * 5000]
+    members = [("a.jpg", b"A"), *((f"a.{text}.txt", text[-3:].encode()) for text in digits)]
+    (item,) = _read(_write(tmp_path / "x.tar", members, tarfile.PAX_FORMAT))
+    assert item.input.captions == ["007", "999", "000"]
+
+
+@pytest.mark.parametrize(("number", "size"), [(5, 1 << 20), (9000, 1)])
+def test_the_texts_of_a_key_are_bounded_in_all(tmp_path, number, size):
+    texts = [(f"a.{n}.txt", b"x" * size) for n in range(number)]
+    results = _read(_write(tmp_path / "x.tar", [("a.jpg", b"A"), *texts, ("b.jpg", b"B"), ("b.txt", b"b")]))
+    assert [item.fault and item.fault.cause for item in results] == ["too-many-bytes", None]
+
+
+def test_members_that_lie_far_apart_are_read_in_requests_of_bounded_size(tmp_path, monkeypatch):
+    texts = [(f"a.{n}.txt", b"%d" % n) for n in range(60)]
+    between = [(f"b{n}.cls", b"\0" * (60 << 10)) for n in range(60)]
+    members = [("a.jpg", b"A"), *(one for pair in zip(between, texts, strict=True) for one in pair)]
+    path = _write(tmp_path / "x.tar", members)
+    root = type(open_storage(tmp_path))
+    sizes, read = [], root.read_bytes
+
+    def noted(self, path, start=0, length=None):
+        sizes.append(length or 0)
+        return read(self, path, start, length)
+
+    config = configured(kind="webdataset", path=str(path))
+    storage = open_storage(tmp_path)
+    source = open_source(config, storage)
+    inputs = [item for item in source.inputs(hashlib.sha256()) if item.texts]
+    monkeypatch.setattr(root, "read_bytes", noted)
+    (item,) = open_fetcher(config, storage, source.base).fetch_all(inputs)
+    assert item.input.captions == [str(n) for n in range(60)]
+    assert max(sizes) < 2 << 20
+    assert len(sizes) < 10

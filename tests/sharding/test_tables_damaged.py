@@ -419,3 +419,48 @@ def test_copies_with_captions_of_their_own_count_apart_unless_they_are_grouped(o
     found = prepare_files(files, where | options, filters=[{"kind": "duplicates"}])
     assert found.counts.dropped == dropped
     assert [sample.captions for sample in found.samples] == captions
+
+
+@pytest.mark.parametrize("line", [b'a",x,"\n', b'a",' + b"x" * 5000 + b',"\n'])
+def test_lines_read_again_grow_with_the_table_and_not_with_its_square(monkeypatch, line):
+    """Each line closes the quotation of the one before, and opens another."""
+    monkeypatch.setattr(rows, "_MOST_AGAIN", 1000)
+    monkeypatch.setattr(rows, "_MOST_BYTES_AGAIN", 1 << 20)
+    monkeypatch.setattr(rows, "_FEW_LINES", 10)
+    looked_at = []
+    plain = rows._Lines.__next__
+    monkeypatch.setattr(rows._Lines, "__next__", lambda self: looked_at.append(1) or plain(self))
+
+    def work(count):
+        looked_at.clear()
+        found = list(table_rows(io.BytesIO(b"a,b,c\n" + line * count), "t.csv", None, ["a"]))
+        assert [row.number for row in found] == list(range(2, count + 2))
+        assert all(row.cells is None and row.reason for row in found)
+        return len(looked_at)
+
+    small, large = work(200), work(800)
+    assert large - small <= 600 * 13 + 1000
+
+
+def test_a_quotation_of_few_lines_is_read_however_much_was_read_again(monkeypatch):
+    monkeypatch.setattr(rows, "_MOST_AGAIN", 50)
+    body = (
+        b'a",x,"\n' * 60 + b"end.jpg,b,c\n" + b'1.jpg,"two\nlines",y\n' + b'2.jpg,"' + b"\n" * 200 + b'",y\n'
+    )
+    found = list(table_rows(io.BytesIO(b"a,b,c\n" + body), "t.csv", None, ["a", "b"]))
+    assert [row.cells for row in found if row.cells][:2] == [
+        {"a": "end.jpg", "b": "b"},
+        {"a": "1.jpg", "b": "two\nlines"},
+    ]
+    assert "not closed before 100 lines" in next(row.reason for row in found if row.number == 65)
+
+
+@pytest.mark.parametrize("samples_per_shard", [3, 100])
+def test_what_a_copy_counts_as_does_not_depend_on_how_the_table_is_cut(samples_per_shard):
+    body = b"0.png,a\n0.png,b\n0.png,b\n0.png,b\n0.png,a\n1.png,a\n0.png,c\n1.png,b\n"
+    files = {f"{n}.png": picture(n, image_format="PNG") for n in range(2)} | {"t.csv": HEAD + body}
+    where = {"kind": "table", "path": "{folder}/t.csv", "path_column": "file", "caption_column": "caption"}
+    block = {"filters": [{"kind": "duplicates"}], "samples_per_shard": samples_per_shard}
+    found = prepare_files(files, where, **block)
+    assert found.counts.dropped == {"duplicate": 3, "duplicate-other-caption": 3}
+    assert [sample.captions for sample in found.samples] == [["a"], ["a"]]
