@@ -10,16 +10,17 @@ from sharding.errors import BadData
 from sharding.sources import Input
 from sharding.sources.addresses import BelowBase, WebUrl, table_address
 from sharding.sources.budget import ByteBudget, Cancelled
-from sharding.sources.config import FetchConfig, FolderSource
+from sharding.sources.config import FetchConfig, FolderSource, TableSource
 from sharding.sources.fetch import Fetcher
 from sharding.storage import open_storage
 from tests.fixtures.web import Answer
 
 
-def _fetcher(folder, max_bytes=100, **options):
+def _fetcher(folder, max_bytes=100, source=None, **options):
     config = FetchConfig(**{"allow_private": True} | options)
-    source = FolderSource(kind="folder", path=str(folder))
-    return Fetcher(open_storage(folder), source.path, source, config, max_bytes)
+    source = source or FolderSource(kind="folder", path=str(folder))
+    storage = open_storage(folder)
+    return Fetcher(storage, storage.url, source, config, max_bytes)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,9 @@ def test_stored_files_are_fetched_or_counted(tmp_path, address, cause):
     (tmp_path / "folder").mkdir()
     try:
         media = table_address(address.replace("ABSOLUTE", str(tmp_path)), "", on_this_machine=True)
-        fault = _fetcher(tmp_path).fetch(Input.at(media)).fault
+        # A table on this machine: the one source whose names may be absolute paths.
+        table = TableSource(kind="table", path=str(tmp_path / "t.csv"), path_column="p", caption_column="c")
+        fault = _fetcher(tmp_path, source=table).fetch(Input.at(media)).fault
     except BadData as refused:
         fault = refused
     assert (fault.cause if fault else None) == cause
