@@ -360,13 +360,8 @@ def clip_info(data: bytes, max_pixels: int = MAX_PIXELS) -> MediaInfo:
     """
     if is_animation(data):
         return probe_video(data, max_pixels)
-    kind = container_format(data)
-    with open_clip(data) as container:
-        stream = video_stream(container, max_pixels)
-        refuse_cut(data, stream)
-        refuse_unshown_edits(data, stream)
-        packets = clip_packets(container, kind, stream)
-    for _, frame in _decoded(data, kind, packets, max_pixels):
+    packets, frames = shown_frames(data, max_pixels)
+    for _, frame in frames:
         height, width = shown(frame, packets.pixel_ratio).shape[:2]
         return MediaInfo(width, height, len(packets.times), round(packets.lasts, 6))
     raise BadData("decode-failed", "the clip has no frames")
