@@ -54,10 +54,11 @@ def _hint(manifest: Manifest) -> str:
     number = manifest.counts.dropped.get(OTHER_CAPTION, 0)
     if not number:
         return ""
-    text = f"{manifest.name}: {number:,} samples were dropped as copies though their captions are others"
+    dropped = "1 sample was" if number == 1 else f"{number:,} samples were"
+    text = f"{manifest.name}: {dropped} dropped as copies of earlier media, though with other captions"
     if manifest.configuration.get("source", {}).get("kind") in ("table", "huggingface"):
         text += (
-            " (source.group_by: COLUMN makes one sample of the rows of a picture or clip, with all captions)"
+            " (rows that name the same media: source.group_by makes one sample of them, with all captions)"
         )
     return text
 
